@@ -1,0 +1,32 @@
+"""Installs streamdit_jax: the base streams from weights; [train] adds what reads data and trains; [test] what tests it."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+TRAIN = ["orbax-checkpoint>=0.11", "optax>=0.2.5", "grain>=0.2.12", "tensorflow-datasets>=4.9.9", "array_record>=0.8", "tensorboardX>=2.6"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.8", "pillow>=10"]
+
+setup(
+    name="streamdit_jax",
+    version="0.1.0",
+    description="StreamDiT: real-time, endless text-to-video, in JAX and Flax",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["streamdit_jax", "streamdit_jax.*"]),
+    package_data={"streamdit_jax": ["bundled/*/*"]},
+    install_requires=[
+        "jax>=0.10",
+        "flax>=0.12",
+        "einops>=0.8",
+        "ml-collections>=1.0",
+        "jaxtyping>=0.3",
+        "safetensors>=0.5",
+        "av>=14",
+        "tqdm>=4.66",
+    ],
+    extras_require={"train": TRAIN, "test": TRAIN + TEST, "cuda": ["jax[cuda13]"], "tpu": ["jax[tpu]"]},
+    entry_points={"console_scripts": ["streamdit = streamdit_jax.cli:main"]},
+)

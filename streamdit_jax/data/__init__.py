@@ -1,0 +1,1 @@
+"""The roadtrip world, video files, latents on disk and the Grain input pipeline."""

@@ -1,0 +1,1 @@
+"""linen modules, functional: shapes and parameters only; no mesh, no data, no files."""

@@ -1,0 +1,1 @@
+"""One training loop; an objective is a loss function."""
