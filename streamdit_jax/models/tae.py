@@ -243,8 +243,8 @@ class TAE(nn.Module):
         """video in [−1, 1] → (normalised posterior mean float32 [b, f, h, w, C], state).
 
         F that is no multiple of the temporal compression is completed by repeating the last frame, so an image
-        [b, 1, H, W, 3] is coded as a still; in a chunked video only the last chunk may need that. ValueError when H or W
-        do not fold.
+        [b, 1, H, W, 3] is coded as a still; in a chunked video only the last chunk may need that. ValueError when H or
+        W do not fold.
         """
         mean, _, state = self.posterior(video, state)
         return (mean - jax.lax.stop_gradient(self.latent_mean)) / jax.lax.stop_gradient(self.latent_std), state
@@ -282,9 +282,9 @@ def _complete(video: Float[Array, "b F H W 3"], multiple: int) -> Float[Array, "
 def initialise_linear_skip(params: dict, video: Float[Array, "b F H W 3"], config: TAEConfig) -> dict:
     """Params whose linear skip is the whitened PCA of the video's patches, in closed form (jit-able).
 
-    With patches p (whole folds of video in [−1, 1]), their mean m and the leading eigenpairs (λ, V) of their covariance:
-    encoder (p − m)·V/√λ, decoder z·√λ·Vᵀ + m. Latents of these patches have mean 0 and variance 1. ValueError without a
-    linear skip.
+    With patches p (whole folds of video in [−1, 1]), their mean m and leading eigenpairs (λ, V) of their covariance:
+    encoder (p − m)·V/√λ, decoder z·√λ·Vᵀ + m. Latents of these patches have mean 0 and variance 1. ValueError without
+    a linear skip.
     """
     if not config.linear_skip:
         raise ValueError("linear_skip: is False, there is nothing to initialise; set it True")
