@@ -1,0 +1,60 @@
+"""Windowed attention: one function, a plain definition, and backends that are tried in order (StreamDiT §4.1)."""
+
+import functools
+import logging
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+from streamdit_jax.kernels.window_attention.reference import window_attention as _reference
+from streamdit_jax.kernels.window_attention.xla import window_attention as _xla
+from streamdit_jax.kernels.windows import Windows
+
+logger = logging.getLogger("streamdit_jax")
+
+BACKENDS: dict[str, Callable] = {"reference": _reference, "xla": _xla}
+# The plain definition materialises scores between all tokens: it specifies and tests, and is never chosen on its own.
+PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+
+
+@functools.cache
+def _log_choice(platform: str, backend: str, passed_over: tuple[str, ...]) -> None:
+    logger.info(
+        "window attention on %s: %s%s", platform, backend, f" ({'; '.join(passed_over)})" if passed_over else ""
+    )
+
+
+def window_attention(
+    query: Float[Array, "b tokens heads dim"],
+    key: Float[Array, "b tokens heads dim"],
+    value: Float[Array, "b tokens heads dim"],
+    windows: Windows,
+    key_mask: Bool[Array, "b tokens"] | None = None,
+    *,
+    backend: str | None = None,
+) -> Float[Array, "b tokens heads dim"]:
+    """Softmax attention in which every token sees the tokens of its window, scaled by 1/√dim.
+
+    query, key, value: [batch, tokens, heads, head_dim], tokens in the order of `windows.order`.
+    key_mask: [batch, tokens], False for tokens that no one may attend to; a token that sees none has an unspecified, finite result.
+    backend: a name in `BACKENDS`; by default those of the platform are tried in order, and the first that does not raise
+        NotImplementedError serves. The choice is logged once.
+
+    Raises ValueError for an unknown backend, NotImplementedError if none takes the case.
+    """
+    if backend is not None:
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
+        return BACKENDS[backend](query, key, value, windows, key_mask)
+    platform = jax.default_backend()
+    passed_over = []
+    for name in PREFERENCE.get(platform, ("xla",)):
+        try:
+            result = BACKENDS[name](query, key, value, windows, key_mask)
+        except NotImplementedError as reason:
+            passed_over.append(f"{name}: {reason}")
+            continue
+        _log_choice(platform, name, tuple(passed_over))
+        return result
+    raise NotImplementedError(f"no window attention on {platform}: {'; '.join(passed_over)}")

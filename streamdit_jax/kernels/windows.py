@@ -1,0 +1,146 @@
+"""Where tokens lie and which of them share a window: the geometry of windowed attention (StreamDiT §4.1).
+
+A grid of (F, H, W) tokens is cut into blocks; the tokens of a block are contiguous from patchify to unpatchify, and blocks are ordered by
+window. Unshifted windows are then a reshape, and shifted windows a permutation of whole blocks: no roll, no copy of partitions.
+
+    token order: [windows (nf, nh, nw), parts of a window (pf, ph, pw), tokens of a block (bf, bh, bw)]
+"""
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float, Int
+
+Axes = tuple[int, int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenOrder:
+    """The order of the tokens of a (frames, height, width) grid: blocks contiguous, ordered by window.
+
+    Raises ValueError where a window does not divide the grid, or a block the window.
+    """
+
+    grid: Axes
+    window: Axes
+    block: Axes
+
+    def __post_init__(self):
+        for axis, size, window, block in zip(("time", "height", "width"), self.grid, self.window, self.block):
+            if window < 1 or size % window:
+                raise ValueError(f"windows: {window} does not divide the {size} tokens along {axis}")
+            if block < 1 or window % block:
+                raise ValueError(f"windows: blocks of {block} do not divide a window of {window} along {axis}")
+
+    @property
+    def num_tokens(self) -> int:
+        return math.prod(self.grid)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens of a block."""
+        return math.prod(self.block)
+
+    @property
+    def block_grid(self) -> Axes:
+        return tuple(size // block for size, block in zip(self.grid, self.block))
+
+    def _sizes(self) -> dict[str, int]:
+        parts = {f"p{axis}": window // block for axis, window, block in zip("fhw", self.window, self.block)}
+        return parts | {f"b{axis}": block for axis, block in zip("fhw", self.block)}
+
+    def arrange(self, x: Float[Array, "b f h w d"]) -> Float[Array, "b tokens d"]:
+        """From the raster grid to token order."""
+        pattern = "b (nf pf bf) (nh ph bh) (nw pw bw) d -> b (nf nh nw pf ph pw bf bh bw) d"
+        return rearrange(x, pattern, **self._sizes())
+
+    def restore(self, x: Float[Array, "b tokens d"]) -> Float[Array, "b f h w d"]:
+        """From token order to the raster grid."""
+        pattern = "b (nf nh nw pf ph pw bf bh bw) d -> b (nf pf bf) (nh ph bh) (nw pw bw) d"
+        counts = {f"n{axis}": size // window for axis, size, window in zip("fhw", self.grid, self.window)}
+        return rearrange(x, pattern, **self._sizes(), **counts)
+
+    def split_frames(self, x: Float[Array, "b tokens d"]) -> Float[Array, "b nf s pf s bf s d"]:
+        """Tokens with the three factors of their frame index as axes of their own, so that a value per frame broadcasts."""
+        windows = self.grid[1] // self.window[1] * (self.grid[2] // self.window[2])
+        sizes = self._sizes()
+        return rearrange(
+            x,
+            "b (nf windows pf parts bf block) d -> b nf windows pf parts bf block d",
+            windows=windows,
+            pf=sizes["pf"],
+            parts=sizes["ph"] * sizes["pw"],
+            bf=sizes["bf"],
+            block=sizes["bh"] * sizes["bw"],
+        )
+
+    def spread_frames(self, x: Float[Array, "b f d"]) -> Float[Array, "b nf 1 pf 1 bf 1 d"]:
+        """A value per frame in the form that broadcasts against `split_frames`."""
+        sizes = self._sizes()
+        return rearrange(x, "b (nf pf bf) d -> b nf 1 pf 1 bf 1 d", pf=sizes["pf"], bf=sizes["bf"])
+
+    @functools.cached_property
+    def coordinates(self) -> Int[np.ndarray, "tokens 3"]:
+        """The (frame, row, column) of every token, in token order."""
+        raster = np.stack(np.meshgrid(*map(np.arange, self.grid), indexing="ij"), axis=-1)
+        return self.arrange(raster[None].astype(np.int32))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """The windows of one attention layer over tokens in `order` (§4.1).
+
+    window: tokens per axis. shift: how far the windows are moved towards higher indices, per axis, in tokens; cyclic.
+    wrap: per axis, whether a window that reaches past the end attends to both of its parts as one. Without wrapping its two parts are
+    windows of their own, so that along time the cleanest and the noisiest frames of a buffer never meet (4 | 8 | 4 for 8 of 16).
+
+    Raises ValueError where the window does not divide the grid, or blocks neither window nor shift.
+    """
+
+    order: TokenOrder
+    window: Axes
+    shift: Axes
+    wrap: tuple[bool, bool, bool]
+
+    def __post_init__(self):
+        TokenOrder(self.order.grid, self.window, self.order.block)
+        for axis, shift, window, block in zip(("time", "height", "width"), self.shift, self.window, self.order.block):
+            if not 0 <= shift < window or shift % block:
+                raise ValueError(
+                    f"shift: {shift} along {axis} must be a multiple of the block, {block}, below {window}"
+                )
+
+    def window_and_region(self, coordinates: Int[np.ndarray, "n 3"]) -> tuple[np.ndarray, np.ndarray]:
+        """For token coordinates [n, 3]: the window each lies in, and the part of it that it may attend to; both [n, 3], per axis."""
+        moved = coordinates - np.array(self.shift)
+        window = moved % np.array(self.order.grid) // np.array(self.window)
+        region = np.where(self.wrap, window, moved // np.array(self.window))
+        return window, region
+
+    @functools.cached_property
+    def _block_coordinates(self) -> Int[np.ndarray, "blocks 3"]:
+        return self.order.coordinates[:: self.order.block_size]
+
+    @functools.cached_property
+    def blocks(self) -> Int[np.ndarray, "windows blocks_per_window"]:
+        """The blocks of every window; for windows that are neither shifted nor unlike the order's own, simply 0, 1, 2, …"""
+        window, _ = self.window_and_region(self._block_coordinates)
+        inside = (self._block_coordinates - np.array(self.shift)) % np.array(self.order.grid) % np.array(self.window)
+        keys = np.concatenate([window, inside], axis=1)
+        return np.lexsort(keys.T[::-1]).reshape(-1, math.prod(self.window) // self.order.block_size)
+
+    @functools.cached_property
+    def is_reshape(self) -> bool:
+        """Whether the windows lie contiguously in token order already."""
+        return bool(np.all(self.blocks.ravel() == np.arange(self.blocks.size)))
+
+    @functools.cached_property
+    def block_mask(self) -> Bool[np.ndarray, "windows blocks_per_window blocks_per_window"] | None:
+        """Which pairs of blocks of a window may attend to each other; None where all may."""
+        _, region = self.window_and_region(self._block_coordinates)
+        of_window = region[self.blocks]
+        mask = np.all(of_window[:, :, None] == of_window[:, None], axis=-1)
+        return None if mask.all() else mask

@@ -1,0 +1,340 @@
+"""The diffusion transformer: one module; StreamDiT-4B, roadtrip and Wan 2.1 are configurations of it (StreamDiT §4.1, fig. 3).
+
+Order in a block: windowed self-attention → cross-attention to text → feed-forward. Scale and shift before, and a gate after,
+self-attention and feed-forward come from the time embedding, of which there is one per latent frame, because each frame of the buffer
+has a flow time of its own.
+
+The layers' parameters are stacked along a leading axis under "blocks". Stacked, the layers run as a scan with rematerialisation, for
+training; as a tuple of layers (`unstack`), they run unrolled, for inference.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from jaxtyping import Array, Bool, Float
+
+from streamdit_jax.kernels.windows import TokenOrder, Windows
+from streamdit_jax.models.attention import CrossAttention, SelfAttention
+from streamdit_jax.models.embeddings import FactorisedPosition, TextProjection, TimeEmbedding, rotary_angles
+
+Axes = tuple[int, int, int]
+# Per text encoder: its sequence [batch, tokens, width] and mask [batch, tokens], False for padding.
+Text = tuple[tuple[Float[Array, "b s width"], Bool[Array, "b s"]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class DiTConfig:
+    """Shapes and choices of the transformer. Raises ValueError, beginning with the field's name, for what cannot be built.
+
+    latent: (frames, height, width, channels) of the buffer. patch: tokens per latent, (1, ph, pw): every frame has a level of its own.
+    windows, shifted: per layer, repeated as patterns over the layers; a shifted layer moves its windows by half a window per axis.
+    wrap: per axis, whether shifted windows wrap around (see `kernels.windows.Windows`).
+    qk_norm: none | head | width. position: learned | rope. adaln: single | per_block. norm: layer | rms, without affine.
+    ffn: gelu | swiglu. text_projection: linear_norm | mlp. remat: none | dots | full, for the scanned layers.
+    dtype: auto (bfloat16 on accelerators, float32 on CPUs) | float32 | bfloat16: the type of the arithmetic, not of the parameters.
+    """
+
+    latent: tuple[int, int, int, int]
+    patch: Axes
+    width: int
+    num_layers: int
+    num_heads: int
+    ffn_width: int
+    windows: tuple[Axes, ...]
+    shifted: tuple[bool, ...] = (False, True)
+    wrap: tuple[bool, bool, bool] = (True, True, True)
+    cross_attention: bool = True
+    norm: str = "layer"
+    ffn: str = "gelu"
+    adaln: str = "single"
+    position: str = "learned"
+    qk_norm: str = "none"
+    text_projection: str = "linear_norm"
+    time_frequencies: int = 256
+    remat: str = "full"
+    dtype: str = "auto"
+
+    def __post_init__(self):
+        choices = {
+            "norm": ("layer", "rms"),
+            "ffn": ("gelu", "swiglu"),
+            "adaln": ("single", "per_block"),
+            "position": ("learned", "rope"),
+            "qk_norm": ("none", "head", "width"),
+            "text_projection": ("linear_norm", "mlp"),
+            "remat": ("none", "dots", "full"),
+            "dtype": ("auto", "float32", "bfloat16"),
+        }
+        for field, allowed in choices.items():
+            if getattr(self, field) not in allowed:
+                raise ValueError(f"{field}: {getattr(self, field)!r} is not one of {', '.join(allowed)}")
+        for field in ("width", "num_layers", "num_heads", "ffn_width"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}: must be at least 1, not {getattr(self, field)}")
+        if self.time_frequencies < 2 or self.time_frequencies % 2:
+            raise ValueError(f"time_frequencies: must be even and positive, not {self.time_frequencies}")
+        if min(self.latent) < 1:
+            raise ValueError(f"latent: every size must be at least 1, not {self.latent}")
+        if self.width % self.num_heads:
+            raise ValueError(f"num_heads: {self.num_heads} heads do not divide a width of {self.width}")
+        if self.position == "rope" and self.head_dim % 2:
+            raise ValueError(f"num_heads: rotary positions need an even head size, not {self.head_dim}")
+        if self.patch[0] != 1:
+            raise ValueError(f"patch: must be 1 along time, where every frame has its own level, not {self.patch[0]}")
+        for axis, size, patch in zip(("height", "width"), self.latent[1:3], self.patch[1:]):
+            if patch < 1 or size % patch:
+                raise ValueError(f"patch: {patch} does not divide a latent {axis} of {size}")
+        if not self.windows or not self.shifted:
+            raise ValueError("windows: give at least one window, and in shifted at least one of False and True")
+        if self.num_layers % self.period:
+            raise ValueError(
+                f"num_layers: {self.num_layers} layers do not hold whole patterns of {self.period} (windows, shifted)"
+            )
+        self.layer_windows()
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.num_heads
+
+    @property
+    def grid(self) -> Axes:
+        """Tokens along time, height and width."""
+        return tuple(size // patch for size, patch in zip(self.latent[:3], self.patch))
+
+    @property
+    def period(self) -> int:
+        """Layers after which the pattern of windows and shifts repeats."""
+        return math.lcm(len(self.windows), len(self.shifted))
+
+    @property
+    def compute_dtype(self) -> jnp.dtype:
+        if self.dtype == "auto":
+            return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        return jnp.dtype(self.dtype)
+
+    def layer_windows(self) -> tuple[Windows, ...]:
+        """The windows of each layer of one period, over one token order that serves them all."""
+        layers = []
+        for index in range(self.period):
+            window, shifted = self.windows[index % len(self.windows)], self.shifted[index % len(self.shifted)]
+            # A window as long as its axis sees all of it already; moving it would change nothing, or cut it in two.
+            shift = tuple(size // 2 if shifted and size < whole else 0 for size, whole in zip(window, self.grid))
+            for axis, size, moved in zip(("time", "height", "width"), window, shift):
+                if moved and size % 2:
+                    raise ValueError(f"windows: a window of {size} along {axis} has no half to shift by; make it even")
+            layers.append((window, shift))
+        block = tuple(
+            math.gcd(*(value for window, shift in layers for value in (window[axis], shift[axis]))) for axis in range(3)
+        )
+        order = TokenOrder(self.grid, layers[0][0], block)
+        return tuple(Windows(order, window, shift, self.wrap) for window, shift in layers)
+
+
+def _norm(config: DiTConfig, *, affine: bool = False, name: str | None = None) -> nn.Module:
+    """Normalisation over channels; without affine where modulation follows."""
+    dtype = config.compute_dtype
+    if config.norm == "rms":
+        return nn.RMSNorm(epsilon=1e-6, use_scale=affine, dtype=dtype, name=name)
+    return nn.LayerNorm(epsilon=1e-6, use_scale=affine, use_bias=affine, dtype=dtype, name=name)
+
+
+class FeedForward(nn.Module):
+    """Linear → tanh-GELU → Linear, or the gated SwiGLU."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b tokens width"]) -> Float[Array, "b tokens width"]:
+        dtype, hidden = self.config.compute_dtype, self.config.ffn_width
+        up = nn.Dense(hidden, dtype=dtype, name="up")(x)
+        if self.config.ffn == "swiglu":
+            up = up * nn.silu(nn.Dense(hidden, dtype=dtype, name="gate")(x))
+        else:
+            up = nn.gelu(up, approximate=True)
+        return nn.Dense(self.config.width, dtype=dtype, name="down")(up)
+
+
+class Modulation(nn.Module):
+    """Scale, shift and gate of every frame: the shared time projection plus a learned table, or a projection of one's own.
+
+    A fresh model's values are all zero: gates are closed and a block is the identity.
+    """
+
+    config: DiTConfig
+    count: int
+
+    @nn.compact
+    def __call__(self, time: Float[Array, "b f width"], shared: Float[Array, "b f n width"] | None) -> list[Array]:
+        width = self.config.width
+        if shared is None:
+            dense = nn.Dense(
+                self.count * width, dtype=self.config.compute_dtype, kernel_init=nn.initializers.zeros, name="linear"
+            )
+            values = rearrange(dense(nn.silu(time)), "b f (n width) -> b f n width", n=self.count)
+        else:
+            table = self.param("table", nn.initializers.zeros, (self.count, width))
+            values = shared + table.astype(shared.dtype)
+        return [values[:, :, index] for index in range(self.count)]
+
+
+class Block(nn.Module):
+    """One layer: self-attention → cross-attention → feed-forward, modulated per frame (§4.1, fig. 3)."""
+
+    config: DiTConfig
+    windows: Windows
+
+    @nn.compact
+    def __call__(self, x, time, shared, text, text_mask, key_mask):
+        """x: [batch, tokens, width] in token order; time [batch, frames, width]; shared [batch, frames, 6, width] or None."""
+        config, order, dtype = self.config, self.windows.order, self.config.compute_dtype
+
+        def per_frame(function, x, *values):
+            spread = [order.spread_frames(value) for value in values]
+            return function(order.split_frames(x), *spread).reshape(x.shape)
+
+        def modulate(x, shift, scale):
+            return per_frame(lambda x, shift, scale: x * (1 + scale) + shift, x, shift, scale)
+
+        def gated(x, gate):
+            return per_frame(lambda x, gate: x * gate, x, gate)
+
+        modulation = Modulation(config, 6, name="modulation")(time, shared)
+        attention_shift, attention_scale, attention_gate, ffn_shift, ffn_scale, ffn_gate = modulation
+        angles = None
+        if config.position == "learned":
+            x = x + FactorisedPosition(order, config.width, dtype, name="position")()
+        else:
+            angles = rotary_angles(order, config.head_dim)
+
+        hidden = modulate(_norm(config)(x), attention_shift, attention_scale)
+        attention = SelfAttention(config.num_heads, config.qk_norm, self.windows, dtype, name="self_attention")
+        x = x + gated(attention(hidden, angles, key_mask), attention_gate)
+        if config.cross_attention:
+            hidden = _norm(config, affine=True, name="cross_norm")(x)
+            cross = CrossAttention(config.num_heads, config.qk_norm, dtype, name="cross_attention")
+            x = x + cross(hidden, text, text_mask)
+        hidden = modulate(_norm(config)(x), ffn_shift, ffn_scale)
+        return x + gated(FeedForward(config, name="feed_forward")(hidden), ffn_gate)
+
+
+class DiT(nn.Module):
+    """The velocity u_θ(X_τ, P, τ) of a buffer of latent frames (§3.1, §4.1)."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(
+        self,
+        latents: Float[Array, "b f h w c"],
+        levels: Float[Array, "b f"],
+        text: Text,
+        frame_mask: Bool[Array, "b f"] | None = None,
+    ) -> Float[Array, "b f h w c"]:
+        """Velocity of every latent frame, float32, in the shape of `latents`.
+
+        latents: [batch, frames, height, width, channels]. levels: flow time of each frame, [batch, frames]; 1 = clean.
+        text: per encoder its sequence and mask. frame_mask: False for frames that do not exist; no token attends to them.
+
+        Raises ValueError for latents of another shape than the configuration's.
+        """
+        config, dtype = self.config, self.config.compute_dtype
+        if tuple(latents.shape[1:]) != tuple(config.latent):
+            raise ValueError(f"latent: the model takes {config.latent} per buffer, not {tuple(latents.shape[1:])}")
+        layers = config.layer_windows()
+        order = layers[0].order
+
+        x = rearrange(
+            latents.astype(dtype), "b f (h ph) (w pw) c -> b f h w (ph pw c)", ph=config.patch[1], pw=config.patch[2]
+        )
+        x = nn.Dense(config.width, dtype=dtype, name="patch_embedding")(order.arrange(x))
+        time = TimeEmbedding(config.width, config.time_frequencies, dtype, name="time_embedding")(levels)
+        shared = None
+        if config.adaln == "single":
+            projection = nn.Dense(
+                6 * config.width, dtype=dtype, kernel_init=nn.initializers.zeros, name="time_projection"
+            )
+            shared = rearrange(projection(nn.silu(time)), "b f (n width) -> b f n width", n=6)
+        sequence, sequence_mask = self._project_text(text)
+        key_mask = None
+        if frame_mask is not None:
+            tokens = jnp.ones((len(latents), order.num_tokens, 1), bool)
+            key_mask = (order.split_frames(tokens) & order.spread_frames(frame_mask[..., None])).reshape(
+                len(latents), -1
+            )
+
+        x = self._blocks(layers, x, (time, shared, sequence, sequence_mask, key_mask))
+
+        shift, scale = Modulation(config, 2, name="final_modulation")(
+            time, None if shared is None else time[:, :, None]
+        )
+        x = order.split_frames(_norm(config)(x)) * (1 + order.spread_frames(scale)) + order.spread_frames(shift)
+        x = x.reshape(len(latents), order.num_tokens, config.width)
+        patch_values = config.patch[1] * config.patch[2] * config.latent[3]
+        x = nn.Dense(patch_values, dtype=dtype, kernel_init=nn.initializers.zeros, name="velocity")(x)
+        return rearrange(
+            order.restore(x.astype(jnp.float32)),
+            "b f h w (ph pw c) -> b f (h ph) (w pw) c",
+            ph=config.patch[1],
+            pw=config.patch[2],
+        )
+
+    def _project_text(self, text: Text) -> tuple[Array | None, Array | None]:
+        """Each encoder's sequence to the model's width, concatenated along the sequence (Movie Gen §3.1.3)."""
+        if not self.config.cross_attention:
+            return None, None
+        dtype = self.config.compute_dtype
+        projected = [
+            TextProjection(self.config.width, self.config.text_projection, dtype, name=f"text_projection_{index}")(x)
+            for index, (x, _) in enumerate(text)
+        ]
+        return jnp.concatenate(projected, axis=1), jnp.concatenate([mask for _, mask in text], axis=1)
+
+    def _blocks(self, layers: tuple[Windows, ...], x: Array, inputs: tuple) -> Array:
+        config = self.config
+        blocks = [Block(config, windows, parent=None) for windows in layers]
+
+        def initialise(key):
+            keys = jax.random.split(key, config.num_layers)
+            return jax.vmap(lambda key: blocks[0].init(key, x[:1], *_first(inputs))["params"])(keys)
+
+        stacked = self.param("blocks", initialise) if self.is_initializing() else self.get_variable("params", "blocks")
+        if isinstance(stacked, tuple | list):
+            for index, params in enumerate(stacked):
+                x = blocks[index % config.period].apply({"params": params}, x, *inputs)
+            return x
+
+        def one_period(x, params):
+            for index, block in enumerate(blocks):
+                of_layer = jax.tree.map(lambda leaf, index=index: leaf[index], params)
+                x = block.apply({"params": of_layer}, x, *inputs)
+            return x, None
+
+        policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
+        if config.remat != "none":
+            one_period = jax.checkpoint(one_period, policy=policy[config.remat], prevent_cse=False)
+        periods = jax.tree.map(lambda leaf: leaf.reshape(-1, config.period, *leaf.shape[1:]), stacked)
+        return jax.lax.scan(one_period, x, periods)[0]
+
+
+def _first(tree: Any) -> Any:
+    """The first example of every array: enough to initialise a block."""
+    return jax.tree.map(lambda leaf: leaf[:1], tree)
+
+
+def unstack(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The transformer's parameters with its layers as a tuple, for unrolled inference; the same numbers."""
+    count = len(jax.tree.leaves(params["blocks"])[0])
+    layers = tuple(jax.tree.map(lambda leaf, index=index: leaf[index], params["blocks"]) for index in range(count))
+    return {**params, "blocks": layers}
+
+
+def parameter_count(params: Any) -> int:
+    """Numbers in a tree of arrays or of shapes."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))

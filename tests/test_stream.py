@@ -1,0 +1,190 @@
+"""The moving buffer: emission, shift, refill, filling; against closed forms and simple bookkeeping (StreamDiT §3.1, §8)."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from streamdit_jax import stream
+from streamdit_jax.partition import PartitionScheme
+
+FRAME = (1, 2, 3)
+SCHEMES = ["N8c2s3", "N4c4s1", "N16c1s1", "N1c16s4", "K2N7c2s2", "K3N4c2s5p2", "K4N1c4s6", "K1N3c1s2", "K9N2c3s1"]
+
+
+def condition(guidance=1.0, batch=1):
+    text = jnp.zeros((batch, 1))
+    return stream.Condition(text=text + 1, null_text=text, guidance=jnp.full((batch,), guidance))
+
+
+def towards(target):
+    """The velocity of the straight path from the present point to `target`: exact flow matching for a single data point."""
+
+    def velocity(latents, text, levels, present=None):
+        remaining = jnp.maximum(1 - levels, 1e-3)[..., None, None, None]
+        return (target - latents) / remaining
+
+    return velocity
+
+
+def linear(latents, text, levels, present=None):
+    """dX/dt = a·X + b·P: a stream under it is a product of (1 + a·Δt) a frame at a time."""
+    return -0.7 * latents + 0.3 * text[:, :, None, None, None]
+
+
+def closed_form(noise, levels):
+    """Euler steps of `linear` for one frame through its levels, in float64."""
+    x = noise.astype(np.float64)
+    for now, then in zip(levels[:-1].astype(np.float64), levels[1:].astype(np.float64)):
+        x = x + (then - now) * (-0.7 * x + 0.3)
+    return x
+
+
+@pytest.mark.parametrize("spelling", SCHEMES)
+@pytest.mark.parametrize("filling", ["uniform", "ramp"])
+def test_stream_of_a_linear_field_equals_the_closed_form(spelling, filling):
+    scheme, chunks = PartitionScheme.parse(spelling), 5
+    keys = jax.random.split(jax.random.key(3), 2)
+    out = np.asarray(stream.sample(linear, keys, condition(batch=2), scheme, FRAME, chunks, filling=filling))
+    K, c = scheme.num_references, scheme.chunk_size
+    expected = [stream.chunk_noise(keys, jnp.uint32(i), (c, *FRAME)) for i in range(chunks)]
+    if filling == "uniform":
+        expected.insert(0, stream.chunk_noise(keys, stream.REFERENCE_NOISE, (K, *FRAME)))
+    expected = closed_form(np.concatenate(expected, axis=1), scheme.grid())
+    assert out.shape == expected.shape
+    np.testing.assert_allclose(out, expected, atol=1e-5)
+
+
+@settings(max_examples=12, deadline=None)
+@given(st.integers(0, 4), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.sampled_from([1.0, 2.0]))
+def test_any_scheme_streams_the_closed_form(K, N, c, s, power):
+    scheme = PartitionScheme(K, N, c, s, power)
+    keys = jax.random.split(jax.random.key(0), 1)
+    out = np.asarray(stream.sample(linear, keys, condition(), scheme, (1, 1, 1), 3))
+    noise = np.concatenate(
+        [stream.chunk_noise(keys, stream.REFERENCE_NOISE, (K, 1, 1, 1))]
+        + [stream.chunk_noise(keys, jnp.uint32(i), (c, 1, 1, 1)) for i in range(3)],
+        axis=1,
+    )
+    np.testing.assert_allclose(out, closed_form(noise, scheme.grid()), atol=1e-5)
+
+
+def test_emission_order_and_count_over_a_thousand_chunks():
+    """Every chunk leaves once, in order, as what its own noise becomes."""
+    scheme = PartitionScheme.parse("K2N7c2s2")
+    keys = jax.random.split(jax.random.key(1), 1)
+    out = np.asarray(stream.sample(linear, keys, condition(), scheme, (1, 1, 1), 1000))
+    noise = np.concatenate([stream.chunk_noise(keys, jnp.uint32(i), (2, 1, 1, 1)) for i in range(1000)], axis=1)
+    assert out.shape[1] == 2 + 2000
+    np.testing.assert_allclose(out[:, 2:], closed_form(noise, scheme.grid()), atol=1e-5)
+
+
+@pytest.mark.parametrize("spelling", SCHEMES)
+def test_stepping_equals_the_scan(spelling):
+    """Rows applied one by one, as a live stream does, give what one scan gives, bit for bit in order of operations."""
+    scheme, chunks = PartitionScheme.parse(spelling), 3
+    keys = jax.random.split(jax.random.key(2), 1)
+    whole = stream.sample(linear, keys, condition(), scheme, FRAME, chunks)
+    step = jax.jit(functools.partial(stream.step, linear, scheme=scheme))
+    state = stream.initial_state(keys, scheme, FRAME)
+    pieces = []
+    fill = stream.filling_rows(scheme)
+    for index in range(len(fill.adopt)):
+        state, _ = step(state, stream.row_at(fill, index), condition())
+    pieces.append(state.buffer[:, : scheme.num_references])
+    rows = stream.streaming_rows(scheme)
+    for _ in range(chunks):
+        for index in range(scheme.micro_steps):
+            state, front = step(state, stream.row_at(rows, index), condition())
+        pieces.append(front)
+    np.testing.assert_allclose(np.concatenate(pieces, axis=1), whole, atol=1e-6)
+    assert step._cache_size() == 1, "filling and streaming, any row, are one compiled step"
+
+
+def test_guidance_levels_prompt_and_seed_never_recompile():
+    step = jax.jit(functools.partial(stream.step, linear, scheme=PartitionScheme.parse("N4c2s1")))
+    for seed, guidance, spelling in ((0, 1.0, "N4c2s1"), (1, 3.0, "N4c2s7"), (2, 0.0, "N4c2s2p3")):
+        scheme = PartitionScheme.parse(spelling)
+        state = stream.initial_state(jax.random.split(jax.random.key(seed), 1), scheme, FRAME)
+        for row in (stream.filling_rows(scheme), stream.streaming_rows(scheme)):
+            step(
+                state,
+                stream.row_at(row, 0),
+                condition(guidance)._replace(text=jnp.full((1, 1), float(seed))),
+            )
+    assert step._cache_size() == 1
+
+
+@pytest.mark.parametrize("guidance", [0.0, 0.5, 1.0, 2.5])
+def test_guidance_extrapolates_from_the_empty_prompt(guidance):
+    """`linear` is b·P with P = 1 for the prompt and 0 for the empty one: guidance w must act as P = w."""
+    scheme = PartitionScheme.parse("N3c1s2")
+    keys = jax.random.split(jax.random.key(4), 1)
+    guided = stream.sample(linear, keys, condition(guidance), scheme, FRAME, 2)
+    plain = condition()._replace(text=jnp.full((1, 1), guidance))
+    np.testing.assert_allclose(guided, stream.sample(linear, keys, plain, scheme, FRAME, 2), atol=1e-5)
+
+
+def test_references_never_change_within_a_chunk_and_are_the_last_emitted():
+    scheme = PartitionScheme.parse("K3N3c2s4")
+    keys = jax.random.split(jax.random.key(5), 1)
+    step = jax.jit(
+        functools.partial(
+            stream.step, lambda x, text, levels: jnp.full_like(x, jnp.nan).at[:, 3:].set(1.0), scheme=scheme
+        )
+    )
+    state = stream.initial_state(keys, scheme, FRAME)._replace(
+        buffer=jax.random.normal(jax.random.key(6), (1, 9, *FRAME))
+    )
+    rows, emitted = stream.streaming_rows(scheme), [state.buffer[:, :3]]
+    for _ in range(4):
+        references = state.buffer[:, :3]
+        for index in range(4):
+            assert np.array_equal(state.buffer[:, :3], references), "not even a NaN velocity touches a reference"
+            state, front = step(state, stream.row_at(rows, index), condition())
+        emitted.append(front)
+        history = np.concatenate(emitted, axis=1)
+        assert np.array_equal(state.buffer[:, :3], history[:, -3:])
+
+
+def test_filling_takes_each_place_from_the_uniform_run(monkeypatch):
+    """queue[K + j·c + r] = Z[(N−1−j)·s][K + j·c + r], references = Z[T][0:K] (§8, fig. 13)."""
+    scheme = PartitionScheme.parse("K2N3c2s4")
+    keys = jax.random.split(jax.random.key(7), 1)
+    velocity = towards(0.5)
+    state, snapshots = stream.initial_state(keys, scheme, FRAME), []
+    fill = stream.filling_rows(scheme)
+    x, grid = state.buffer, scheme.grid()
+    snapshots.append(x)
+    for k in range(scheme.total_steps):
+        x = x + (grid[k + 1] - grid[k]) * velocity(x, None, jnp.full((1, 8), grid[k]))
+        snapshots.append(x)
+    for index in range(len(fill.adopt)):
+        state, _ = stream.step(velocity, state, stream.row_at(fill, index), condition(), scheme)
+    for j in range(3):
+        place = slice(2 + 2 * j, 4 + 2 * j)
+        np.testing.assert_allclose(state.buffer[:, place], snapshots[(2 - j) * 4][:, place], atol=1e-5)
+    np.testing.assert_allclose(state.buffer[:, :2], snapshots[-1][:, :2], atol=1e-5)
+
+
+def test_ramp_shows_the_model_only_frames_that_exist():
+    scheme, seen = PartitionScheme.parse("K2N3c2s2"), []
+
+    def velocity(latents, text, levels, present):
+        jax.debug.callback(lambda p: seen.append(np.asarray(p[0])), present, ordered=True)
+        return jnp.zeros_like(latents)
+
+    stream.sample(velocity, jax.random.split(jax.random.key(0), 1), condition(), scheme, FRAME, 3, filling="ramp")
+    jax.effects_barrier()
+    chunks = [row[2:].reshape(3, 2).all(axis=1).tolist() for row in seen]
+    assert chunks[:5] == [[True, False, False]] * 2 + [[True, True, False]] * 2 + [[True] * 3]
+    assert not any(row[:2].any() for row in seen[:6]) and seen[6].all(), "references exist once chunks have left"
+
+
+def test_unknown_filling():
+    with pytest.raises(ValueError, match="filling"):
+        stream.filling_rows(PartitionScheme.parse("N2c1s1"), "magic")
