@@ -113,8 +113,8 @@ def make_batches(
         raise ValueError(f"seed and first_step: {seed} and {first_step}; neither may be negative")
     if not 1 <= num_frames <= records.shape[0]:
         raise DataError(
-            f"{records.directory}: num_frames is {num_frames} and its clips have {records.shape[0]} {records.key} frames; "
-            "it must be between 1 and their length"
+            f"{records.directory}: num_frames is {num_frames} and its clips have {records.shape[0]} {records.key} "
+            "frames; it must be between 1 and their length"
         )
     rows = batch_size // process_count
     order = grain.MapDataset.range(len(records)).seed(seed).shuffle().repeat(None)
