@@ -35,18 +35,23 @@ _OVERCAST = {  # what rain and snow draw over the sky: colour at the zenith, col
     ("day", "snow"): (rgb(158, 178, 204), rgb(220, 228, 238), 0.85),
     ("sunset", "rain"): (rgb(84, 66, 96), rgb(196, 132, 112), 0.70),
     ("sunset", "snow"): (rgb(146, 116, 164), rgb(246, 192, 176), 0.60),
-    ("night", "rain"): (rgb(24, 28, 44), rgb(46, 54, 74), 0.80),
+    ("night", "rain"): (rgb(26, 31, 50), rgb(62, 72, 98), 0.80),
     ("night", "snow"): (rgb(36, 44, 76), rgb(84, 98, 138), 0.75),
 }
 _LIGHT = {
     "day": np.array([1.0, 1.0, 1.0], np.float32),
     "sunset": np.array([0.94, 0.66, 0.58], np.float32),
-    "night": np.array([0.26, 0.32, 0.50], np.float32),
+    "night": np.array([0.30, 0.37, 0.57], np.float32),
+}
+_SNOW_LIGHT = {  # snow keeps more of the light than what it covers
+    "day": np.array([1.0, 1.0, 1.0], np.float32),
+    "sunset": np.array([0.97, 0.80, 0.85], np.float32),
+    "night": np.array([0.44, 0.51, 0.72], np.float32),
 }
 _VEHICLE_LIGHT = {
     "day": np.array([1.0, 1.0, 1.0], np.float32),
     "sunset": np.array([0.97, 0.86, 0.84], np.float32),
-    "night": np.array([0.70, 0.72, 0.80], np.float32),
+    "night": np.array([0.80, 0.80, 0.85], np.float32),
 }
 _SNOW = rgb(236, 242, 252)
 
@@ -89,12 +94,13 @@ class Look:
 
     def land(self, colour: np.ndarray, depth: float = 0.0, snow: float = 0.0) -> np.ndarray:
         """A lit landscape colour; `depth` 0 near … 1 lost in haze; `snow`: how much of it snow may cover."""
+        light = _LIGHT[self.time]
         if self.snowy:
-            colour = blend(colour, _SNOW, snow)
+            colour, light = blend(colour, _SNOW, snow), blend(light, _SNOW_LIGHT[self.time], snow)
         if self.wet:
             grey = colour.mean(axis=-1, keepdims=True)
             colour = blend(colour, np.broadcast_to(grey, colour.shape), 0.30) * np.float32(0.80)
-        return blend(colour * _LIGHT[self.time], self.haze, depth)
+        return blend(colour * light, self.haze, depth)
 
     def lamp(self, colour: np.ndarray) -> np.ndarray:
         """What shines by itself keeps its colour."""

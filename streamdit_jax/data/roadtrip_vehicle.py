@@ -62,7 +62,7 @@ def _body(canvas: Canvas, vehicle: str, colour: str, light: Look, x: float, y: f
 
 def _wheels(canvas: Canvas, vehicle: str, light: Look, x: float, phase: float) -> None:
     """Draws the wheels, turned clockwise by `phase` half turns."""
-    tyre, rim, hub = light.vehicle(rgb(26, 26, 32)), light.vehicle(rgb(190, 194, 204)), light.vehicle(rgb(70, 72, 82))
+    tyre, rim, hub = light.vehicle(rgb(30, 30, 36)), light.vehicle(rgb(176, 180, 190)), light.vehicle(rgb(74, 76, 86))
     for offset in _WHEELS[vehicle]:
         cx, cy = x + offset, ROAD_Y - WHEEL_RADIUS
         canvas.ellipse(cx, cy, WHEEL_RADIUS, WHEEL_RADIUS, tyre)
