@@ -4,7 +4,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from streamdit_jax.data.roadtrip_canvas import Canvas
+from streamdit_jax.data.roadtrip_canvas import SUB_X, Canvas
 from streamdit_jax.data.roadtrip_palette import BODY, Look, blend, look, rgb
 
 ROAD_Y = 55.0  # where tyres meet the road, pixels from the top
@@ -75,45 +75,44 @@ def _wheels(canvas: Canvas, vehicle: str, light: Look, x: float, phase: float) -
         canvas.paint(where, np.clip(0.5 - 2.0 * bar, 0, 1), hub)
 
 
-def _frame(canvas: Canvas) -> np.ndarray:
-    return canvas.filtered()[::4]
+def _blank() -> Canvas:
+    return Canvas(LEFT * SUB_X - BODY_X[-1], WIDTH * SUB_X + len(BODY_X) + SUB_X - 2, TOP, HEIGHT, sub_y=4)
 
 
-def _blank(shift_x: int) -> Canvas:
-    # drawn at whole pixels and looked at from −shift: the same as moving the vehicle by a quarter pixel
-    return Canvas(LEFT * 4 - shift_x, WIDTH * 4 + 3, TOP, HEIGHT, sub_y=4)
+def _drifts(canvas: Canvas) -> np.ndarray:
+    """What is drawn around x = 32, at each drift: float32 [drift 9, WIDTH, HEIGHT, 4]."""
+    pixels = canvas.filtered()
+    # looked at from a quarter pixel further left, the vehicle stands a quarter pixel further right
+    return np.stack([pixels[BODY_X[-1] - shift :: SUB_X][:WIDTH] for shift in BODY_X])
 
 
 @lru_cache(maxsize=256)
 def bodies(vehicle: str, colour: str, time: str, wet: bool) -> np.ndarray:
     """Premultiplied bodies float32 [drift 9, suspension 3, WIDTH, HEIGHT, 4], facing right, with their shadow."""
     light = look(time, "rain" if wet else "clear")
-    stack = np.zeros((len(BODY_X), len(BODY_Y), WIDTH, HEIGHT, 4), np.float32)
-    for i, shift in enumerate(BODY_X):
-        for j, rise in enumerate(BODY_Y):
-            canvas = _blank(int(shift))
-            nose = NOSE[vehicle]
-            if wet:  # the road mirrors the vehicle
-                paint = light.vehicle(BODY[colour])
-                canvas.ellipse(32.0, ROAD_Y + 2.0, nose + 1.0, 5.0, paint, alpha=0.7, soft=True)
-            canvas.ellipse(32.0, ROAD_Y + 0.2, nose + 2.5, 2.6, np.zeros(3), alpha=0.75, soft=True)
-            canvas.ellipse(32.0, ROAD_Y - 1.2, nose - 1.5, 2.2, np.zeros(3), alpha=0.45)
-            _body(canvas, vehicle, colour, light, 32.0, ROAD_Y + rise / 4)
-            stack[i, j] = _frame(canvas)
-    return stack
+    nose = NOSE[vehicle]
+    stack = []
+    for rise in BODY_Y:
+        canvas = _blank()
+        if wet:  # the road mirrors the vehicle
+            canvas.ellipse(32.0, ROAD_Y + 2.0, nose + 1.0, 5.0, light.vehicle(BODY[colour]), alpha=0.7, soft=True)
+        canvas.ellipse(32.0, ROAD_Y + 0.2, nose + 2.5, 2.6, np.zeros(3), alpha=0.75, soft=True)
+        canvas.ellipse(32.0, ROAD_Y - 1.2, nose - 1.5, 2.2, np.zeros(3), alpha=0.45)
+        _body(canvas, vehicle, colour, light, 32.0, ROAD_Y + rise / 4)
+        stack.append(_drifts(canvas))
+    return np.stack(stack, axis=1)
 
 
 @lru_cache(maxsize=64)
 def wheels(vehicle: str, time: str, wet: bool) -> np.ndarray:
     """Premultiplied wheels float32 [drift 9, phase 12, WIDTH, WHEEL_ROWS, 4]."""
     light = look(time, "rain" if wet else "clear")
-    stack = np.zeros((len(BODY_X), WHEEL_PHASES, WIDTH, WHEEL_ROWS, 4), np.float32)
-    for i, shift in enumerate(BODY_X):
-        for j in range(WHEEL_PHASES):
-            canvas = _blank(int(shift))
-            _wheels(canvas, vehicle, light, 32.0, j / WHEEL_PHASES)
-            stack[i, j] = _frame(canvas)[:, WHEEL_TOP - TOP : WHEEL_TOP - TOP + WHEEL_ROWS]
-    return stack
+    stack = []
+    for phase in range(WHEEL_PHASES):
+        canvas = _blank()
+        _wheels(canvas, vehicle, light, 32.0, phase / WHEEL_PHASES)
+        stack.append(_drifts(canvas)[:, :, WHEEL_TOP - TOP : WHEEL_TOP - TOP + WHEEL_ROWS])
+    return np.stack(stack, axis=1)
 
 
 @lru_cache(maxsize=32)
