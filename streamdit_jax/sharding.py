@@ -7,6 +7,7 @@ The same rules fit a parameter, its average, and Adam's moments of it, because t
 Mesh axes: `data` (batch only), `fsdp` (batch, and parameters cut along their `embed` side), `tensor` (heads and the wide side of FFNs).
 """
 
+import dataclasses
 import math
 import re
 import warnings
@@ -33,12 +34,12 @@ TABLE: dict[str, tuple[str, ...]] = {
 # convolution) is whole on every device, as is everything that no rule names.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(bias|scale|latent_mean|latent_std|count|step)$", ()),
-    (r"(query|key|value|qkv|kv)/kernel$", ("embed", "heads")),
-    (r"(out|output|proj)/kernel$", ("heads", "embed")),
-    (r"(down|wo|ffn_out|fc2)/kernel$", ("mlp", "embed")),
-    (r"(up|gate|wi|wi_0|wi_1|ffn_in|fc1)/kernel$", ("embed", "mlp")),
+    (r"(qkv|query|key|value|key_value)/kernel$", ("embed", "heads")),
+    (r"attention/out/kernel$", ("heads", "embed")),
+    (r"(up|gate|ffn/in)/kernel$", ("embed", "mlp")),
+    (r"(down|ffn/out)/kernel$", ("mlp", "embed")),
     (r"embedding$", ("vocab", "embed")),
-    (r"conv[^/]*/kernel$", (None, "channels")),
+    (r"conv/kernel$", (None, "channels")),
     (r"kernel$", ("embed", "mlp")),
 )
 
@@ -57,18 +58,18 @@ def is_stacked(name: str) -> bool:
     return STACKED in name.split("/")
 
 
-def make_mesh(axes: Mapping[str, int] | None = None, devices=None) -> jax.sharding.Mesh:
+def make_mesh(axes=None, devices=None) -> jax.sharding.Mesh:
     """A mesh over all devices of all processes.
 
     Args:
-        axes: axis name → size, from `data`, `fsdp`, `tensor`, in any order; -1, at most once, takes the devices that are left. None or
-            empty is {"data": -1}: every device takes a part of the batch.
+        axes: a `MeshConfig`, or a mapping of axis name → size from `data`, `fsdp`, `tensor`, in any order; -1, at most once, takes the
+            devices that are left. None or empty is {"data": -1}: every device takes a part of the batch.
         devices: those to use, default `jax.devices()`; a described topology's devices compile for chips that are not there.
     Raises:
         ConfigError: an unknown axis, a size that is no count, or sizes whose product is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    sizes = dict(axes or {"data": -1})
+    sizes = dataclasses.asdict(axes) if dataclasses.is_dataclass(axes) else dict(axes or {"data": -1})
     for name, size in sizes.items():
         if name not in MESH_AXES:
             raise ConfigError(f"mesh.{name}: unknown axis; use {', '.join(MESH_AXES)}")

@@ -1,0 +1,34 @@
+"""What the training loop knows of a task: how its parameters begin and what its loss is.
+
+Pretraining, fine-tuning and distillation differ by an `Objective` and by nothing else (law 4): the loop, the optimizer, the checkpoints
+and the shardings are the same for all of them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+Params = Any  # a tree of arrays; by habit a dict from module name to that module's parameters, {"text": …, "dit": …}
+Batch = dict[str, Any]  # named arrays; the first axis of each counts the examples of the global batch
+Loss = tuple[jax.Array, dict[str, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """An objective is a loss function.
+
+    Attributes:
+        name: what log lines and files call it, e.g. "flow_matching".
+        init: (key, batch) → params, float leaves. Traced under `jit` and `eval_shape`, so it is pure and reads shapes, not files.
+        loss: (params, constants, batch, key) → (scalar loss, named scalars to be logged beside it). Differentiated in params only. The
+            means it takes are over the whole global batch: under a mesh the arrays are global and XLA inserts the reductions.
+        constants: arrays that the loss reads and never changes: a scheme's tables, a frozen autoencoder, a teacher. They enter the
+            compiled step as an argument, so that other values of the same shapes do not compile it again (law 1).
+    """
+
+    name: str
+    init: Callable[[jax.Array, Batch], Params]
+    loss: Callable[[Params, Any, Batch, jax.Array], Loss]
+    constants: Any = ()

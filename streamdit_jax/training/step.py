@@ -1,0 +1,88 @@
+"""One training step as a pure function, for every objective."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from streamdit_jax.training.objective import Batch, Objective
+from streamdit_jax.training.state import TrainState
+
+Metrics = dict[str, jax.Array]
+OWN_METRICS = ("loss", "grad_norm", "learning_rate", "nonfinite_count", "nonfinite_in_a_row")
+
+
+def ema_rate(decay: float, updates) -> jax.Array:
+    """min(decay, (1 + n)/(10 + n)) after n updates: an average of a short run is not an average of its initialisation."""
+    updates = jnp.asarray(updates, jnp.float32)
+    return jnp.minimum(decay, (1 + updates) / (10 + updates))
+
+
+def make_train_step(
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    ema_decay: float,
+    schedule: optax.Schedule | None = None,
+) -> Callable[[TrainState, object, Batch, jax.Array], tuple[TrainState, Metrics]]:
+    """Builds (state, constants, batch, key) → (state, metrics).
+
+    The step draws its randomness from `fold_in(key, state.step)`. Where the loss or the gradient's norm is not finite, parameters, their
+    average and the optimizer's state stay as they were, the step number moves on (so the next batch and key are others), and the two
+    counters tell. The choice is made here, over the whole update, because optax's own wrappers do not do it: `apply_if_finite` lets the
+    NaN through after a few, and clipping by a norm that is NaN makes every leaf NaN.
+
+    Args:
+        objective: see `Objective`.
+        tx: the optimizer.
+        ema_decay: of the moving average, in [0, 1); warmed up by `ema_rate`.
+        schedule: the learning rate by number of updates, only to be logged.
+
+    Returns:
+        A pure function, to be jitted with its first argument donated. Its metrics are float32 and int32 scalars: `loss`, `grad_norm`
+        (before clipping), `learning_rate` (of this update), `nonfinite_count`, `nonfinite_in_a_row`, and what the objective adds.
+    Raises:
+        ValueError: while tracing, if the objective returns a metric under one of these names.
+    """
+
+    def train_step(state: TrainState, constants, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        step_key = jax.random.fold_in(key, state.step)
+        differentiate = jax.value_and_grad(objective.loss, has_aux=True)
+        (loss, extra), gradient = differentiate(state.params, constants, batch, step_key)
+        if taken := sorted(set(extra) & set(OWN_METRICS)):
+            raise ValueError(f"objective {objective.name}: metric {taken[0]!r} is the step's own; give it another name")
+
+        # The norm is finite only if every square is, so that Adam's second moments stay finite too.
+        grad_norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        done = state.step - state.nonfinite_count  # updates so far, which is Adam's own count
+
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        rate = ema_rate(ema_decay, done + 1)
+        ema_params = jax.tree.map(lambda e, p: (e + (1 - rate) * (p - e)).astype(e.dtype), state.ema_params, params)
+
+        def choose(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        skipped = (~finite).astype(jnp.int32)
+        state = TrainState(
+            step=state.step + 1,
+            params=choose(params, state.params),
+            ema_params=choose(ema_params, state.ema_params),
+            opt_state=choose(opt_state, state.opt_state),
+            nonfinite_count=state.nonfinite_count + skipped,
+            nonfinite_in_a_row=(state.nonfinite_in_a_row + 1) * skipped,
+        )
+        metrics = {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "nonfinite_count": state.nonfinite_count,
+            "nonfinite_in_a_row": state.nonfinite_in_a_row,
+            **extra,
+        }
+        if schedule is not None:
+            metrics["learning_rate"] = schedule(done)
+        return state, metrics
+
+    return train_step
