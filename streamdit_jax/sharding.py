@@ -1,10 +1,12 @@
 """Meshes, and the one table from logical axis names to mesh axes. No other file knows what a PartitionSpec is.
 
-Models do not know how they are sharded. A parameter's *path* (`params/dit/blocks/attention/query/kernel`) is matched against `RULES`,
-which name the logical axis of each of its dimensions counted from the last; `TABLE` says along which mesh axes a logical axis is cut.
-The same rules fit a parameter, its average, and Adam's moments of it, because their paths end alike.
+Models do not know how they are sharded. A parameter's *path* (`params/dit/blocks/attention/query/kernel`) is matched
+against `RULES`, which name the logical axis of each of its dimensions counted from the last; `TABLE` says along which
+mesh axes a logical axis is cut. The same rules fit a parameter, its average, and Adam's moments of it, because their
+paths end alike.
 
-Mesh axes: `data` (batch only), `fsdp` (batch, and parameters cut along their `embed` side), `tensor` (heads and the wide side of FFNs).
+Mesh axes: `data` (batch only), `fsdp` (batch, and parameters cut along their `embed` side), `tensor` (heads and the
+wide side of FFNs).
 """
 
 import dataclasses
@@ -30,8 +32,8 @@ TABLE: dict[str, tuple[str, ...]] = {
     "channels": ("fsdp",),
 }
 
-# First match wins. The axes belong to the *last* dimensions; what stands before them (the layer axis of stacked blocks, the taps of a
-# convolution) is whole on every device, as is everything that no rule names.
+# First match wins. The axes belong to the *last* dimensions; what stands before them (the layer axis of stacked blocks,
+# the taps of a convolution) is whole on every device, as is everything that no rule names.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(bias|scale|latent_mean|latent_std|count|step)$", ()),
     (r"(qkv|query|key|value|key_value)/kernel$", ("embed", "heads")),
@@ -62,9 +64,11 @@ def make_mesh(axes=None, devices=None) -> jax.sharding.Mesh:
     """A mesh over all devices of all processes.
 
     Args:
-        axes: a `MeshConfig`, or a mapping of axis name → size from `data`, `fsdp`, `tensor`, in any order; -1, at most once, takes the
-            devices that are left. None or empty is {"data": -1}: every device takes a part of the batch.
-        devices: those to use, default `jax.devices()`; a described topology's devices compile for chips that are not there.
+        axes: a `MeshConfig`, or a mapping of axis name → size from `data`, `fsdp`, `tensor`, in any order; -1, at most
+            once, takes the devices that are left. None or empty is {"data": -1}: every device takes a part of the
+            batch.
+        devices: those to use, default `jax.devices()`; a described topology's devices compile for chips that are not
+            there.
     Raises:
         ConfigError: an unknown axis, a size that is no count, or sizes whose product is not the number of devices.
     """
@@ -156,7 +160,7 @@ def param_shardings(tree, mesh: jax.sharding.Mesh):
 
 
 def abstract_arrays(tree, mesh: jax.sharding.Mesh):
-    """The same tree as `jax.ShapeDtypeStruct`s that carry their shardings: what a restore, or a compilation ahead of time, asks for."""
+    """The tree as `jax.ShapeDtypeStruct`s with shardings, as a restore or a compilation ahead of time asks for it."""
     shardings = param_shardings(tree, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 

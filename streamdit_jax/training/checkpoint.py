@@ -1,8 +1,9 @@
 """Checkpoints by Orbax: asynchronous, exact, and verified.
 
-A checkpoint of step n is a directory `n/` with the train state and one JSON object: the data position, the configuration, and each leaf's
-shape, type and checksum. Orbax does not notice a flipped bit in its data files, so the checksums are taken on the devices before saving
-and compared after restoring. What does not agree is a `CheckpointError` that says what is wrong and what to do.
+A checkpoint of step n is a directory `n/` with the train state and one JSON object: the data position, the
+configuration, and each leaf's shape, type and checksum. Orbax does not notice a flipped bit in its data files, so the
+checksums are taken on the devices before saving and compared after restoring. What does not agree is a
+`CheckpointError` that says what is wrong and what to do.
 """
 
 import contextlib
@@ -36,8 +37,8 @@ class Restored(NamedTuple):
 def checksums(tree) -> list[jax.Array]:
     """A uint32 for each leaf, in the order of `jax.tree.leaves`: Σ bits(xᵢ)·(odd number of i) mod 2³².
 
-    An odd factor is invertible, so one flipped bit always changes the sum; and a sum of integers is the same in every order, so it does
-    not depend on the number of devices.
+    An odd factor is invertible, so one flipped bit always changes the sum; and a sum of integers is the same in every
+    order, so it does not depend on the number of devices.
     """
 
     def one(x):
@@ -89,7 +90,9 @@ class Checkpoints:
         return max(self.steps(), default=None)
 
     def save(self, step: int, state, *, next_step: int, config: Any = None) -> None:
-        """Starts saving; returns once the state is copied, so that its buffers may be donated. A step that is there already is left.
+        """Starts saving and returns once the state is copied, so that its buffers may be donated.
+
+        A step that is there already is left as it is.
 
         Args:
             step: names the checkpoint.
@@ -123,7 +126,7 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def preempted(self, step: int) -> bool:
-        """Whether the machines of a run of several processes are about to be taken away; the same answer on all, once a step."""
+        """Whether a run of several processes is about to lose its machines; the same answer on all, once a step."""
         return self._manager.reached_preemption(step)
 
     def close(self) -> None:
@@ -135,12 +138,12 @@ class Checkpoints:
         """The checkpoint of a step, verified leaf by leaf.
 
         Args:
-            like: a tree of `jax.ShapeDtypeStruct` with shardings (`sharding.abstract_arrays`): what this run's state looks like and where
-                it shall live; the mesh may be another than the one that saved.
+            like: a tree of `jax.ShapeDtypeStruct` with shardings (`sharding.abstract_arrays`): what this run's state
+                looks like and where it shall live; the mesh may be another than the one that saved.
             step: which, default the newest.
         Raises:
-            CheckpointError: there is none; it belongs to another configuration; a file of it is missing, truncated or altered. The
-                message says which older step is intact, if one is. Nothing older is ever taken silently.
+            CheckpointError: there is none; it belongs to another configuration; a file of it is missing, truncated or
+                altered. The message says which older step is intact, if one is. Nothing older is ever taken silently.
         """
         wanted = self.latest() if step is None else step
         if wanted is None or wanted not in self.steps():

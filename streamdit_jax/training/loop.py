@@ -1,7 +1,8 @@
 """The one training loop: every stage of every model runs through `run_stage`; they differ by their objective (law 4).
 
-Order of one turn: step n is dispatched; the batch of n + 1 is fetched and sent while the device works; only then are the metrics of n − 1
-read, if they are to be logged. The host never waits for the step it has just dispatched, except to save.
+Order of one turn: step n is dispatched; the batch of n + 1 is fetched and sent while the device works; only then are
+the metrics of n − 1 read, if they are to be logged. The host never waits for the step it has just dispatched, except to
+save.
 """
 
 import contextlib
@@ -31,8 +32,8 @@ IN_FLIGHT = 2
 
 
 class Interrupted(SystemExit):
-    """SIGTERM or Ctrl-C came; the state was saved. Exits with 128 + the signal's number, the usual sign that the work is not done, so
-    that a scheduler starts the same command again."""
+    """SIGTERM or Ctrl-C came; the state was saved. Exits with 128 + the signal's number, the usual sign that the work
+    is not done, so that a scheduler starts the same command again."""
 
 
 def run_stage(
@@ -47,20 +48,21 @@ def run_stage(
     sample_fn: Callable[[int, Any], None] | None = None,
     log: Callable[[str], None] = print,
 ) -> TrainState:
-    """Trains one stage to its end, from its newest checkpoint if there is one; an interrupted run gives the same bits as one in a piece.
+    """Trains one stage to its end, from its newest checkpoint if there is one; an interrupted run gives the same bits
+    as one in a piece.
 
     Args:
         objective: what is trained.
-        stage: a `StageConfig`: steps, batch_size, optimizer, ema_decay, log_every, checkpoint_every, sample_every, keep_checkpoints,
-            abort_after_nonfinite.
-        make_batches: first step → an iterator over the batches of that step and the following ones. Each is a dict of numpy arrays whose
-            first axis is this process's share of the global batch. All have the same shapes.
+        stage: a `StageConfig`: steps, batch_size, optimizer, ema_decay, log_every, checkpoint_every, sample_every,
+            keep_checkpoints, abort_after_nonfinite.
+        make_batches: first step → an iterator over the batches of that step and the following ones. Each is a dict of
+            numpy arrays whose first axis is this process's share of the global batch. All have the same shapes.
         workdir: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`. One directory for each stage.
         seed: of the initialisation and of each step's randomness.
         mesh: from `sharding.make_mesh`; batch and parameters are cut along it.
         config_json: the whole configuration, as JSON text or as what `json.loads` gives; stored in each checkpoint.
-        sample_fn: called with the steps done and the averaged parameters every `sample_every` steps. They are given away with the next
-            step: it must not keep them.
+        sample_fn: called with the steps done and the averaged parameters every `sample_every` steps. They are given
+            away with the next step: it must not keep them.
         log: takes the lines for a person; called by the first process only.
 
     Returns:
@@ -74,7 +76,7 @@ def run_stage(
     """
     first_process = jax.process_index() == 0
     say = log if first_process else lambda _: None
-    config = json.loads(config_json) if isinstance(config_json, str) else config_json
+    config = json.loads(config_json if isinstance(config_json, str) else json.dumps(config_json))
     if stage.batch_size % sharding.batch_shards(mesh):
         parts = sharding.batch_shards(mesh)
         raise ConfigError(
@@ -138,7 +140,7 @@ def run_stage(
 
             last, stopped = done == stage.steps, stop.reached(checkpoints, done)
             if last or stopped or done % stage.checkpoint_every == 0:
-                # The lines of these steps are in the file before the checkpoint is; and a run that is lost saves nothing.
+                # These steps' lines are in the file before the checkpoint is; and a run that is lost saves nothing.
                 report.read(done, metrics)
                 while in_flight:
                     _stop_if_lost(objective, stage, *in_flight.popleft())
@@ -148,9 +150,7 @@ def run_stage(
             if stopped and not last:
                 checkpoints.wait()
                 name = signal.Signals(stop.signal).name
-                say(
-                    f"{objective.name}: stopped by {name} after step {done}, which is saved; the same command goes on from there"
-                )
+                say(f"{objective.name}: stopped by {name} after step {done}, which is saved; the same command goes on")
                 raise Interrupted(128 + stop.signal)
             if sample_fn is not None and stage.sample_every and done % stage.sample_every == 0:
                 began = time.perf_counter()
@@ -216,20 +216,21 @@ class _Report:
             self._writer.write(done, values)
         skipped = f" skipped {values['nonfinite_count']:.0f}" if values["nonfinite_count"] else ""
         self._say(
-            f"{self._name}: step {done}/{self._stage.steps} loss {values['loss']:.5g} grad_norm {values['grad_norm']:.3g} "
-            f"lr {values['learning_rate']:.3g} {rate:.3g} steps/s {values['examples_per_second']:.4g} examples/s{skipped}"
+            f"{self._name}: step {done}/{self._stage.steps} loss {values['loss']:.5g} "
+            f"grad_norm {values['grad_norm']:.3g} lr {values['learning_rate']:.3g} {rate:.3g} steps/s "
+            f"{values['examples_per_second']:.4g} examples/s{skipped}"
         )
 
 
 class _StopRequest:
-    """Whether someone asked the run to stop: SIGTERM (preemption) or Ctrl-C. A second signal acts as it would without us."""
+    """Whether someone asked the run to stop: SIGTERM (preemption) or Ctrl-C. A second signal is not held back."""
 
     def __init__(self):
         self.signal: int | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> "_StopRequest":
-        # With several processes JAX's own preemption service catches SIGTERM, and makes all of them stop at the same step.
+        # Several processes: JAX's own preemption service catches SIGTERM, and stops all of them at the same step.
         if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._note)
@@ -256,8 +257,8 @@ def _stop_if_lost(objective: Objective, stage, done: int, metrics: dict) -> None
     in_a_row = int(metrics["nonfinite_in_a_row"])
     if in_a_row >= stage.abort_after_nonfinite:
         raise StreamDiTError(
-            f"{objective.name}: loss or gradient was not finite in {in_a_row} steps in a row, up to step {done}; they were skipped, so "
-            "checkpoints are sound; lower optimizer.learning_rate, or look for what is wrong in the data"
+            f"{objective.name}: loss or gradient was not finite in {in_a_row} steps in a row, up to step {done}; they were "
+            "skipped, so checkpoints are sound; lower optimizer.learning_rate, or look for what is wrong in the data"
         )
 
 

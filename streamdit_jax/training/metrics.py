@@ -18,7 +18,8 @@ class MetricsWriter:
         """
         Args:
             directory: is made if it is missing.
-            step: steps done so far. What an interrupted run wrote beyond it is dropped, a line torn by a crash too: those steps run again.
+            step: steps done so far. What an interrupted run wrote beyond it is dropped, a line torn by a crash too:
+                those steps run again.
             tensorboard: whether to write event files (through tensorboardX, which needs no TensorFlow).
         Raises:
             StreamDiTError: the directory or the file cannot be written.
@@ -44,7 +45,8 @@ class MetricsWriter:
 
         Args:
             step: steps done, 1 for the first.
-            values: numbers. One that is not finite becomes null, because JSON has no other word for it; TensorBoard is not told of it.
+            values: numbers. One that is not finite becomes null, because JSON has no other word for it; TensorBoard is
+                not told of it.
         Raises:
             StreamDiTError: the disk is full, or gone.
         """

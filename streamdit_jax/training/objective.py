@@ -1,7 +1,7 @@
 """What the training loop knows of a task: how its parameters begin and what its loss is.
 
-Pretraining, fine-tuning and distillation differ by an `Objective` and by nothing else (law 4): the loop, the optimizer, the checkpoints
-and the shardings are the same for all of them.
+Pretraining, fine-tuning and distillation differ by an `Objective` and by nothing else (law 4): the loop, the optimizer,
+the checkpoints and the shardings are the same for all of them.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,14 @@ class Objective:
 
     Attributes:
         name: what log lines and files call it, e.g. "flow_matching".
-        init: (key, batch) → params, float leaves. Traced under `jit` and `eval_shape`, so it is pure and reads shapes, not files.
-        loss: (params, constants, batch, key) → (scalar loss, named scalars to be logged beside it). Differentiated in params only. The
-            means it takes are over the whole global batch: under a mesh the arrays are global and XLA inserts the reductions.
-        constants: arrays that the loss reads and never changes: a scheme's tables, a frozen autoencoder, a teacher. They enter the
-            compiled step as an argument, so that other values of the same shapes do not compile it again (law 1).
+        init: (key, batch) → params, float leaves. Pure and traceable: it runs under `jit`, so that no device need hold all
+            of a large model, and under `jax.eval_shape`.
+        loss: (params, constants, batch, key) → (scalar loss, named scalars to be logged beside it). Differentiated in
+            params only. The means it takes are over the whole global batch: under a mesh the arrays are global and XLA
+            inserts the reductions.
+        constants: arrays that the loss reads and never changes: a scheme's tables, a frozen autoencoder, a teacher.
+            They enter the compiled step as an argument, so that other values of the same shapes do not compile it again
+            (law 1).
     """
 
     name: str

@@ -1,7 +1,7 @@
 """AdamW with warm-up, decay and clipping, built from an `OptimizerConfig`.
 
-Everything is counted in *updates*: a step that was skipped because its loss or gradient was not finite (see `step.py`) moves neither
-Adam's moments nor the schedule.
+Everything is counted in *updates*: a step that was skipped because its loss or gradient was not finite (see `step.py`)
+moves neither Adam's moments nor the schedule.
 """
 
 import jax
@@ -17,8 +17,8 @@ NOT_DECAYED = ("bias", "scale", "table", "relative_bias", "latent_mean", "latent
 def make_schedule(config, steps: int) -> optax.Schedule:
     """The learning rate of update n, n = 0 … steps − 1.
 
-    With w warm-up steps, peak p and final scale f: `p·(n + 1)/w` for n < w (the first update already moves), then p for "constant", or
-    for "cosine" `p·(f + (1 − f)·(1 + cos πq)/2)` with q running from 0 at n = w to 1 at n = steps − 1.
+    With w warm-up steps, peak p and final scale f: `p·(n + 1)/w` for n < w (the first update already moves), then p for
+    "constant", or for "cosine" `p·(f + (1 − f)·(1 + cos πq)/2)` with q running from 0 at n = w to 1 at n = steps − 1.
 
     Args:
         config: `learning_rate`, `warmup_steps`, `decay` ("cosine" or "constant"), `final_scale`.
@@ -46,8 +46,8 @@ def make_schedule(config, steps: int) -> optax.Schedule:
 def decay_mask(params):
     """Which parameters feel weight decay: true for matrices and kernels; false for biases, norms, statistics.
 
-    Stacked layers ("blocks", see `sharding.py`) carry one more axis in front, so there a bias is two-dimensional; and the bias of a
-    projection to heads is [heads, head_dim]. Hence the test is by name as well as by dimensions.
+    Stacked layers ("blocks", see `sharding.py`) carry one more axis in front, so there a bias is two-dimensional; and
+    the bias of a projection to heads is [heads, head_dim]. Hence the test is by name as well as by dimensions.
 
     Returns: a tree of bool like `params`.
     """
@@ -63,7 +63,8 @@ def make_optimizer(config, steps: int) -> optax.GradientTransformation:
     """Clip by global norm → Adam → decoupled weight decay → learning rate (AdamW, 1711.05101).
 
     Args:
-        config: an `OptimizerConfig`: the schedule's fields and `b1`, `b2`, `eps`, `weight_decay`, `clip_norm` (0 clips nothing).
+        config: an `OptimizerConfig`: the schedule's fields and `b1`, `b2`, `eps`, `weight_decay`, `clip_norm` (0 clips
+            nothing).
         steps: length of the stage in updates.
     Raises:
         ValueError: as `make_schedule`, or `clip_norm` is negative.

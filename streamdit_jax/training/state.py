@@ -11,7 +11,7 @@ from streamdit_jax.training.objective import Batch, Objective
 
 
 class TrainState(flax.struct.PyTreeNode):
-    """The state of a stage after `step` steps. No random key is in it: a step's key is `fold_in(key(seed), step)` (law 2).
+    """The state of a stage after `step` steps. It holds no random key: a step's is `fold_in(key(seed), step)` (law 2).
 
     Attributes:
         step: int32 scalar, steps done, skipped ones included.
@@ -31,8 +31,8 @@ class TrainState(flax.struct.PyTreeNode):
 
 
 def init_state(objective: Objective, tx: optax.GradientTransformation, key: jax.Array, batch: Batch) -> TrainState:
-    """The state before the first step. Pure: run it under `jit` with `out_shardings` so that no device ever holds all of a large model,
-    or under `jax.eval_shape` for its shapes.
+    """The state before the first step. Pure: run it under `jit` with `out_shardings` so that no device ever holds all
+    of a large model, or under `jax.eval_shape` for its shapes.
 
     Args:
         key: key(seed) of the stage.

@@ -14,7 +14,7 @@ OWN_METRICS = ("loss", "grad_norm", "learning_rate", "nonfinite_count", "nonfini
 
 
 def ema_rate(decay: float, updates) -> jax.Array:
-    """min(decay, (1 + n)/(10 + n)) after n updates: an average of a short run is not an average of its initialisation."""
+    """min(decay, (1 + n)/(10 + n)) after n updates: the average of a short run is not that of its initialisation."""
     updates = jnp.asarray(updates, jnp.float32)
     return jnp.minimum(decay, (1 + updates) / (10 + updates))
 
@@ -27,10 +27,11 @@ def make_train_step(
 ) -> Callable[[TrainState, object, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """Builds (state, constants, batch, key) → (state, metrics).
 
-    The step draws its randomness from `fold_in(key, state.step)`. Where the loss or the gradient's norm is not finite, parameters, their
-    average and the optimizer's state stay as they were, the step number moves on (so the next batch and key are others), and the two
-    counters tell. The choice is made here, over the whole update, because optax's own wrappers do not do it: `apply_if_finite` lets the
-    NaN through after a few, and clipping by a norm that is NaN makes every leaf NaN.
+    The step draws its randomness from `fold_in(key, state.step)`. Where the loss or the gradient's norm is not finite,
+    parameters, their average and the optimizer's state stay as they were, the step number moves on (so the next batch
+    and key are others), and the two counters tell. The choice is made here, over the whole update, because optax's own
+    wrappers do not do it: `apply_if_finite` lets the NaN through after a few, and clipping by a norm that is NaN makes
+    every leaf NaN.
 
     Args:
         objective: see `Objective`.
@@ -39,8 +40,9 @@ def make_train_step(
         schedule: the learning rate by number of updates, only to be logged.
 
     Returns:
-        A pure function, to be jitted with its first argument donated. Its metrics are float32 and int32 scalars: `loss`, `grad_norm`
-        (before clipping), `learning_rate` (of this update), `nonfinite_count`, `nonfinite_in_a_row`, and what the objective adds.
+        A pure function, to be jitted with its first argument donated. Its metrics are float32 and int32 scalars:
+        `loss`, `grad_norm` (before clipping), `learning_rate` (of this update), `nonfinite_count`,
+        `nonfinite_in_a_row`, and what the objective adds.
     Raises:
         ValueError: while tracing, if the objective returns a metric under one of these names.
     """
