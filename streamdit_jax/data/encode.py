@@ -49,6 +49,20 @@ class Report:
         return f"{self.directory}: {counts}{left_out}"
 
 
+def is_video_folder(directory: str | os.PathLike) -> bool:
+    """Whether a directory is no records: then it must hold video files."""
+    return not (Path(directory) / "dataset_info.json").exists()
+
+
+def holds_videos(folder: str | os.PathLike) -> bool:
+    """Whether `folder` is a folder of videos (and not of records)."""
+    return not (Path(folder) / "dataset_info.json").exists() and bool(_videos(Path(folder)))
+
+
+def _videos(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+
+
 def read_captions(folder: str | os.PathLike) -> dict[Path, list[str]]:
     """The folder's videos, sorted by name, each with its captions. See this module's docstring for the forms.
 
@@ -58,7 +72,7 @@ def read_captions(folder: str | os.PathLike) -> dict[Path, list[str]]:
     folder = Path(folder)
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder of videos")
-    videos = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    videos = _videos(folder)
     if not videos:
         raise DataError(f"{folder}: holds no video files ({' '.join(EXTENSIONS)})")
     tables = [path for name in ("captions.jsonl", "captions.csv") if (path := folder / name).is_file()]
@@ -145,11 +159,11 @@ def _counted(clips: Iterable[Clip], split: str, counts: dict[str, int]) -> Itera
 def ingest(
     folder: str | os.PathLike,
     out: str | os.PathLike,
-    *,
     height: int,
     width: int,
     frame_rate: float,
     clip_frames: int,
+    *,
     skip_bad: bool = False,
     metadata: Mapping[str, Any] | None = None,
 ) -> Report:
@@ -170,7 +184,7 @@ def ingest(
 
 
 def encode(
-    source: str | os.PathLike,
+    source: str | os.PathLike | Records,
     out: str | os.PathLike,
     encode_fn: EncodeFn,
     *,
@@ -184,18 +198,19 @@ def encode(
 ) -> Report:
     """Encodes a video source into records of latents in `out`; captions and info are kept.
 
-    `source`: records of pixels (all their splits; as `prepare_roadtrip` and `ingest` write them), or a folder of
-    videos, for which `height`, `width`, `frame_rate` and `clip_frames` are needed. For records the first three,
-    where given, are compared: an autoencoder is not applied to another size or rate than it was meant for.
+    `source`: records of pixels or their directory (all splits are encoded; as `prepare_roadtrip` and `ingest` write
+    them), or a folder of videos, for which `height`, `width`, `frame_rate` and `clip_frames` are needed. For
+    records the first three, where given, are compared: an autoencoder is not applied to another size or rate than
+    it was meant for.
     `encode_fn` always sees `batch_size` clips (the last batch is filled up and cut), so it compiles once.
 
     DataError as in `ingest`; also when `source` holds latents already or differs in size or rate.
     """
-    source, out = Path(source), Path(out)
+    source, out = Path(source.directory if isinstance(source, Records) else source), Path(out)
     size = {"height": height, "width": width, "frame_rate": frame_rate, "clip_frames": clip_frames}
     check_free(out)
     skipped, counts, splits = [], {}, {}
-    if (source / "dataset_info.json").exists():
+    if not is_video_folder(source):
         size = _compared(open_records(source), size)
         for split in open_records(source).splits:
             splits[split] = _all(open_records(source, split))

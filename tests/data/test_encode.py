@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from streamdit_jax.data.encode import encode, ingest, read_captions
+from streamdit_jax.data.encode import encode, holds_videos, ingest, read_captions
 from streamdit_jax.data.records import open_records, write_records
 from streamdit_jax.data.video import write_video
 from streamdit_jax.errors import DataError
@@ -91,7 +91,8 @@ def test_encoding_a_folder_equals_encoding_what_was_ingested(folder, tmp_path):
     encode(folder, tmp_path / "straight", watched, batch_size=2, metadata={"tae": "abc"}, **SIZE)
     assert shapes == [(2, 4, 16, 16, 3)] * 2  # one shape: the last batch is filled up
     ingest(folder, tmp_path / "pixels", **SIZE)
-    encode(tmp_path / "pixels", tmp_path / "twice", fold, batch_size=8)
+    assert holds_videos(folder) and not holds_videos(tmp_path / "pixels") and not holds_videos(tmp_path / "nowhere")
+    encode(open_records(tmp_path / "pixels"), tmp_path / "twice", fold, batch_size=8)
     straight, twice = open_records(tmp_path / "straight"), open_records(tmp_path / "twice")
     assert (straight.kind, straight.shape, len(straight)) == ("latents", (1, 2, 2, 3), 3)
     assert straight.metadata["tae"] == "abc" and straight.metadata["clip_frames"] == 4
