@@ -13,6 +13,7 @@ No model is imported: the autoencoder comes in as a function.
 
 import csv
 import dataclasses
+import io
 import itertools
 import json
 import os
@@ -50,13 +51,8 @@ class Report:
 
 
 def is_video_folder(directory: str | os.PathLike) -> bool:
-    """Whether a directory is no records: then it must hold video files."""
+    """Whether a directory is not one of records: then it must hold video files."""
     return not (Path(directory) / "dataset_info.json").exists()
-
-
-def holds_videos(folder: str | os.PathLike) -> bool:
-    """Whether `folder` is a folder of videos (and not of records)."""
-    return not (Path(folder) / "dataset_info.json").exists() and bool(_videos(Path(folder)))
 
 
 def _videos(folder: Path) -> list[Path]:
@@ -110,7 +106,7 @@ def _text(path: Path) -> str:
 def _table(path: Path) -> Iterator[tuple[str, str, list[str]]]:
     """Yields (place for messages, file name, captions) of every line of a captions file."""
     if path.suffix == ".jsonl":
-        for number, line in enumerate(_text(path).splitlines(), 1):
+        for number, line in enumerate(_text(path).split("\n"), 1):
             if not line.strip():
                 continue
             where, want = f"{path}:{number}", 'an object with "file" and "caption" (a string) or "captions" (strings)'
@@ -123,20 +119,21 @@ def _table(path: Path) -> Iterator[tuple[str, str, list[str]]]:
                 raise DataError(f"{where}: must be {want}")
             yield where, name, texts
     else:
-        rows = csv.DictReader(_text(path).splitlines(keepends=True))
-        if not {"file", "caption"} <= set(rows.fieldnames or ()):
-            raise DataError(f"{path}: its first line must be the header file,caption")
-        for row in rows:
-            where = f"{path}:{rows.line_num}"
-            if not row["file"] or row["caption"] is None:
-                raise DataError(f"{where}: must hold a file name and a caption")
-            yield where, row["file"], [row["caption"]]
+        rows = csv.DictReader(io.StringIO(_text(path), newline=""))
+        try:
+            if not {"file", "caption"} <= set(rows.fieldnames or ()):
+                raise DataError(f"{path}: its first line must be the header file,caption")
+            for row in rows:
+                where = f"{path}:{rows.line_num}"
+                if not row["file"] or row["caption"] is None:
+                    raise DataError(f"{where}: must hold a file name and a caption")
+                yield where, row["file"], [row["caption"]]
+        except csv.Error as error:
+            raise DataError(f"{path}:{rows.line_num}: is not CSV: {error}") from error
 
 
 def _folder_clips(folder: Path, size: Mapping[str, Any], skipped: list[str] | None) -> Iterator[Clip]:
-    """Clips of all videos; one that does not decode raises, or, given a list `skipped`, has its reason appended
-    there.
-    """
+    """Clips of all videos; one that does not decode raises, or, given a list `skipped`, adds its reason there."""
     for video, captions in read_captions(folder).items():
         name = video.relative_to(folder).as_posix()
         try:
@@ -167,8 +164,7 @@ def ingest(
     skip_bad: bool = False,
     metadata: Mapping[str, Any] | None = None,
 ) -> Report:
-    """Decodes a folder of videos into records of pixels in `out`, clips of `clip_frames` frames, uint8 [F, height,
-    width, 3].
+    """Decodes a folder of videos into records of pixels in `out`: clips uint8 [clip_frames, height, width, 3].
 
     `skip_bad`: a video that does not decode or is too short is reported instead of raised; the clips of a video
     that breaks off half-way are kept up to there. DataError: see `read_captions`, `read_video` and `write_records`;
@@ -259,5 +255,7 @@ def _encoded(clips: Iterator[Clip], encode_fn: EncodeFn, batch_size: int) -> Ite
         filled = batch + batch[-1:] * (batch_size - len(batch))
         video = np.stack([clip["video"] for clip in filled]).astype(np.float32) / 127.5 - 1
         latents = np.asarray(encode_fn(video), np.float32)
+        if latents.ndim != 5 or len(latents) != batch_size:
+            raise ValueError(f"encode_fn: gave {list(latents.shape)} for {batch_size} clips; want [b, f, h, w, C]")
         for clip, latent in zip(batch, latents):
             yield {"latents": latent, "captions": clip["captions"], "info": clip["info"]}

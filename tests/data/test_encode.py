@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from streamdit_jax.data.encode import encode, holds_videos, ingest, read_captions
+from streamdit_jax.data.encode import encode, ingest, is_video_folder, read_captions
 from streamdit_jax.data.records import open_records, write_records
 from streamdit_jax.data.video import write_video
 from streamdit_jax.errors import DataError
@@ -35,11 +35,16 @@ def folder(tmp_path, numbered):
 
 
 def jsonl(folder, *entries):
-    (folder / "captions.jsonl").write_text("\n".join(map(json.dumps, entries)) + "\n")
+    (folder / "captions.jsonl").write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries))
 
 
 def good_jsonl(folder):
     jsonl(folder, {"file": "a.mp4", "captions": ["one", "zwei ✓"]}, {"file": "sub/b.mp4", "caption": "three"})
+
+
+def test_jsonl_lines_end_at_line_feeds_only(folder):
+    jsonl(folder, {"file": "a.mp4", "caption": "odd\u2028\x85line"}, {"file": "sub/b.mp4", "caption": "three"})
+    assert read_captions(folder)[folder / "a.mp4"] == ["odd\u2028\x85line"]
 
 
 def test_the_three_forms_of_captions_say_the_same(folder):
@@ -91,7 +96,7 @@ def test_encoding_a_folder_equals_encoding_what_was_ingested(folder, tmp_path):
     encode(folder, tmp_path / "straight", watched, batch_size=2, metadata={"tae": "abc"}, **SIZE)
     assert shapes == [(2, 4, 16, 16, 3)] * 2  # one shape: the last batch is filled up
     ingest(folder, tmp_path / "pixels", **SIZE)
-    assert holds_videos(folder) and not holds_videos(tmp_path / "pixels") and not holds_videos(tmp_path / "nowhere")
+    assert is_video_folder(folder) and not is_video_folder(tmp_path / "pixels")
     encode(open_records(tmp_path / "pixels"), tmp_path / "twice", fold, batch_size=8)
     straight, twice = open_records(tmp_path / "straight"), open_records(tmp_path / "twice")
     assert (straight.kind, straight.shape, len(straight)) == ("latents", (1, 2, 2, 3), 3)
@@ -121,6 +126,13 @@ def test_all_splits_of_records_are_encoded(tmp_path):
         encode(tmp_path / "a", tmp_path / "c", fold, frame_rate=24.0)
     with pytest.raises(DataError, match="holds latents already"):
         encode(tmp_path / "b", tmp_path / "c", fold)
+
+
+def test_an_encoder_that_loses_clips_is_found_out(folder, tmp_path):
+    good_jsonl(folder)
+    with pytest.raises(ValueError, match=r"encode_fn: gave \[1, 1, 2, 2, 3\] for 2 clips"):
+        encode(folder, tmp_path / "out", lambda video: fold(video)[:1], batch_size=2, **SIZE)
+    assert not (tmp_path / "out").exists()
 
 
 def captions_missing(folder):
@@ -162,6 +174,10 @@ def csv_without_header(folder):
     (folder / "captions.csv").write_text("a.mp4,one\n")
 
 
+def csv_with_an_open_quote(folder):
+    (folder / "captions.csv").write_text('file,caption\na.mp4,"' + "x" * 200_000)
+
+
 def csv_with_a_short_row(folder):
     (folder / "captions.csv").write_text("file,caption\na.mp4\n")
 
@@ -187,6 +203,7 @@ def no_videos(folder):
         (broken_json, r"captions\.jsonl:2: must be an object"),
         (caption_of_another_type, r"captions\.jsonl:1: must be an object"),
         (csv_without_header, "header file,caption"),
+        (csv_with_an_open_quote, r"captions\.csv:\d+: is not CSV"),
         (csv_with_a_short_row, r"captions\.csv:2: must hold"),
         (not_utf8, r"captions\.csv: cannot be read as UTF-8"),
         (no_videos, "holds no video files"),
