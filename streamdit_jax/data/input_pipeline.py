@@ -20,9 +20,7 @@ Tokenizer = Callable[[str], tuple[np.ndarray, np.ndarray]]
 
 
 def global_index(local: int, rows: int, batch_size: int, process_index: int) -> int:
-    """The global example that is this process's `local`-th, when each process holds `rows` consecutive rows of a
-    batch.
-    """
+    """The global example that is a process's `local`-th; each holds `rows` consecutive rows of every batch."""
     return (local // rows) * batch_size + process_index * rows + local % rows
 
 

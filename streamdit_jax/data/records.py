@@ -3,8 +3,8 @@
 One example is one clip:
   - kind "pixels":  `video`   uint8   [F, H, W, 3]
   - kind "latents": `latents` float16 [f, h, w, C]
-  - `captions`: one or more strings; `info`: JSON text (the roadtrip's factors and seed, or a file's name and clip
-  number).
+  - `captions`: one or more strings
+  - `info`:     JSON text: the roadtrip's factors and seed, or a file's name and clip number
 
 Latents are float16: they are normalised to unit variance per channel, so its 11 bits (relative error 5e-4) lie two
 orders of magnitude below the 0.1 σ of noise that costs the decoder half a decibel, and the files are half as large
@@ -35,9 +35,7 @@ _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
 def clip_features(kind: str, shape: tuple[int, int, int, int]) -> tfds.features.FeaturesDict:
-    """TFDS features of one clip of `kind` ("pixels" or "latents") whose array has `shape` [frames, height, width,
-    channels].
-    """
+    """TFDS features of one clip of `kind` ("pixels" or "latents"); `shape`: its frames, height, width and channels."""
     key, dtype = KINDS[kind]
     return tfds.features.FeaturesDict(
         {
@@ -73,9 +71,7 @@ def clip_example(kind: str, clip: Mapping[str, Any], name: str = "clip") -> dict
 
 
 class SplitWriter:
-    """Streams serialised clips into shards of about `shard_bytes`, in order; `finish` gives the files their final
-    names.
-    """
+    """Streams serialised clips into files of about `shard_bytes`, in order; `finish` gives them their final names."""
 
     def __init__(self, directory: Path, dataset: str, split: str, shard_bytes: int):
         self._directory, self._dataset, self._split, self._limit = directory, dataset, split, shard_bytes
@@ -210,9 +206,7 @@ def write_records(
 
 @contextlib.contextmanager
 def writing(target: str | os.PathLike):
-    """Turns what file systems and ArrayRecord raise (a full disk, a missing permission) into a DataError naming
-    `target`.
-    """
+    """Turns what file systems and ArrayRecord raise (a full disk, no permission) into a DataError naming `target`."""
     try:
         yield
     except (OSError, RuntimeError) as error:

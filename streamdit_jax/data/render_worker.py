@@ -14,9 +14,7 @@ from streamdit_jax.data import roadtrip
 
 
 def main(request: str):
-    """`request`: JSON of split, seed, num_frames, size, start, stop, step. Writes uint8 [num_frames, size, size, 3]
-    per clip.
-    """
+    """`request`: JSON of split, seed, num_frames, size, start, stop, step. Writes uint8 [F, size, size, 3] per clip."""
     task = json.loads(request)
     for index in range(task["start"], task["stop"], task["step"]):
         factors, clip_seed = roadtrip.clip_factors(index, task["seed"], task["split"])

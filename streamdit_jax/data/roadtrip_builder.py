@@ -97,8 +97,11 @@ class Roadtrip(tfds.core.GeneratorBasedBuilder):
         for split, examples in self._split_generators(dl_manager).items():
             with contextlib.closing(examples), SplitWriter(self.data_path, self.name, split, _SHARD_BYTES) as writer:
                 for _, example in examples:
-                    writer.write(self.info.features.serialize_example(example))
-                infos.append(writer.finish())
+                    record = self.info.features.serialize_example(example)
+                    with writing(self.data_path.parent):
+                        writer.write(record)
+                with writing(self.data_path.parent):
+                    infos.append(writer.finish())
         self.info.set_splits(tfds.core.SplitDict(infos))
 
 
@@ -107,8 +110,7 @@ def rendered(
 ) -> Iterator[np.ndarray]:
     """Renders clips 0 … count − 1 of `split` in child processes; yields uint8 [num_frames, size, size, 3] in order.
 
-    `workers`: processes; None = one per core this process may use. DataError with the worker's last line when one
-    fails.
+    `workers`: processes; None = one per core this process may use. DataError says a failed worker's last line.
     """
     affinity = getattr(os, "sched_getaffinity", None)  # not on macOS
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
@@ -162,9 +164,7 @@ def _pump(pipe, size: int, clips: queue.Queue):
 
 
 def world_fingerprint() -> str:
-    """Eight hex digits that change when the renderer or the grammar draws or says something else (sampled: 24
-    clips).
-    """
+    """Eight hex digits that change with what the renderer draws and the grammar says (sampled in 12 clips)."""
     digest = hashlib.sha256()
     for index in range(12):
         factors, seed = roadtrip.clip_factors(index, 0, roadtrip.SPLITS[index % 2])
@@ -197,8 +197,7 @@ def prepare_roadtrip(
     num_held_out: int | None = None,
     workers: int | None = None,
 ) -> Path:
-    """Renders the roadtrip clips under `data_dir`, or finds those rendered before with the same parameters; the
-    directory.
+    """Renders the roadtrip clips under `data_dir`, or finds those rendered before; the directory.
 
     `num_held_out`: clips of the held_out split; None = a sixteenth of `num_clips`, at least 16. The directory
     appears under its name only when it is complete. With several processes on one file system let one of them call
@@ -229,11 +228,13 @@ def prepare_roadtrip(
         seed=seed,
         world=world,
     )
-    with writing(data_dir), _quiet():
+    with _quiet():
         builder = Roadtrip(config=config, data_dir=str(data_dir), file_format="array_record")
         builder.workers = workers
         directory = Path(builder.data_dir)
         if not directory.exists():
+            with writing(data_dir):
+                directory.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory() as downloads:  # TFDS insists on a place for what it never downloads
                 builder.download_and_prepare(download_dir=downloads)
     open_records(directory)

@@ -1,5 +1,4 @@
-"""Video files: H.264 MP4 that a browser plays, and any file FFmpeg decodes, resampled to the model's size and frame
-rate.
+"""Video files: H.264 MP4 that browsers play; any file FFmpeg decodes, at the model's size and frame rate.
 
 Streaming uses this module, so it imports numpy and PyAV only.
 """
@@ -103,9 +102,7 @@ def _reason(error: BaseException) -> str:
 
 
 def write_video(path: str | os.PathLike, frames: Iterable[np.ndarray], frame_rate: float):
-    """Writes frames, an iterable of uint8 [H, W, 3] (an array [F, H, W, 3] is one), with a `VideoWriter`; its
-    errors.
-    """
+    """Writes an iterable of frames uint8 [H, W, 3], or an array [F, H, W, 3], with a `VideoWriter`; its errors."""
     frames = iter(frames)
     first = next(frames, None)
     if first is None:

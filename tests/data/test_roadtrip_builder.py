@@ -83,6 +83,12 @@ def test_a_failing_renderer_is_named_and_leaves_nothing(tmp_path, monkeypatch):
     assert not [p for p in (tmp_path / "roadtrip").glob("clips*") if any(p.iterdir())]
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(DataError, match=r"file: could not be written: .*Not a directory"):
+        prepare_roadtrip(tmp_path / "file", **SMALL)
+
+
 def test_workers_end_when_the_reader_stops_early():
     clips = rendered("train", 50, 2, 16, seed=0, workers=2)
     next(clips)
