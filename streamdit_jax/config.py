@@ -10,6 +10,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from streamdit_jax import partition
@@ -277,6 +278,7 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         return None if value is None else _convert(value, next(a for a in arguments if a is not type(None)), path)
     if dataclasses.is_dataclass(annotation):
+        value = _plain(value)
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: expected fields of {annotation.__name__}, not {value!r}")
         return _build(annotation, value, path)
@@ -324,9 +326,12 @@ def from_mapping(mapping: Mapping[str, Any]) -> Config:
 
     Raises ConfigError, naming the field, for unknown, missing, ill-typed and impossible values; no device is touched.
     """
-    if hasattr(mapping, "to_dict"):
-        mapping = mapping.to_dict()
-    return _build(Config, mapping, "")
+    return _build(Config, _plain(mapping), "")
+
+
+def _plain(value: Any) -> Any:
+    """A ConfigDict as a dict."""
+    return value.to_dict() if hasattr(value, "to_dict") else value
 
 
 def from_arguments(arguments: Sequence[str]) -> Config:
@@ -337,30 +342,25 @@ def from_arguments(arguments: Sequence[str]) -> Config:
     from absl import flags
     from ml_collections import config_flags
 
-    values = flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=values)
-    try:
-        rest = values(["streamdit", *arguments])
-        if len(rest) > 1:
-            raise ConfigError(f"{rest[1]}: unknown argument; overrides look like --config.dit.width=128")
-        config = values.config
-    except ConfigError:
-        raise
-    except FileNotFoundError as mistake:
-        raise ConfigError(f"--config: no file {mistake.filename or mistake}") from None
-    except (
-        flags.Error,
-        AttributeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        IndexError,
-        SyntaxError,
-        ImportError,
-        OSError,
-    ) as mistake:
-        first_line = (str(mistake).splitlines() or [type(mistake).__name__])[0]
-        raise ConfigError(f"--config: {first_line}") from None
-    if config is None:
+    given = [argument.removeprefix("--config=") for argument in arguments if argument.startswith("--config=")]
+    if not given:
         raise ConfigError("--config: give a file, as --config=configs/roadtrip.py")
-    return from_mapping(config)
+    file = given[-1].split(":")[0]
+    if not Path(file).is_file():
+        raise ConfigError(f"--config: there is no file {file}")
+    values = flags.FlagValues()
+    arguments = ["streamdit", *arguments]
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
+    try:
+        unknown = values(arguments)[1:]
+        config = None if unknown else _plain(values.config)
+    except Exception as mistake:  # the file is a program: it may raise anything
+        cause = mistake.__cause__ or mistake
+        if isinstance(cause, KeyError | AttributeError) and len(arguments) > 2:
+            name = str(cause).replace("\\n", " ").strip("'\" ").split("\n")[0]
+            raise ConfigError(f"{file}: has no field {name}, so no override can set it; add it to the file") from None
+        lines = [line.strip(" '\"") for line in str(cause).replace("\\n", "\n").splitlines() if line.strip()]
+        raise ConfigError(f"{file}: {' '.join(lines[-3:]) or type(cause).__name__}") from None
+    if unknown:
+        raise ConfigError(f"{unknown[0]}: unknown argument; overrides look like --config.dit.width=128")
+    return _build(Config, config, "")

@@ -124,6 +124,7 @@ class DiTConfig:
         layers = []
         for index in range(self.period):
             window, shifted = self.windows[index % len(self.windows)], self.shifted[index % len(self.shifted)]
+            TokenOrder(self.grid, window, window)  # raises where the window does not divide the grid
             # A window as long as its axis sees all of it already; moving it would change nothing, or cut it in two.
             shift = tuple(size // 2 if shifted and size < whole else 0 for size, whole in zip(window, self.grid))
             for axis, size, moved in zip(("time", "height", "width"), window, shift):

@@ -76,16 +76,18 @@ def run_stage(
     """
     first_process = jax.process_index() == 0
     say = log if first_process else lambda _: None
+    field = f"training.{objective.name}"
     config = json.loads(config_json if isinstance(config_json, str) else json.dumps(config_json))
     if stage.batch_size % sharding.batch_shards(mesh):
         parts = sharding.batch_shards(mesh)
         raise ConfigError(
-            f"batch_size: {stage.batch_size} examples cannot be cut for {parts} devices; use a multiple of {parts}"
+            f"{field}.batch_size: {stage.batch_size} examples cannot be cut for {parts} devices; "
+            f"use a multiple of {parts}"
         )
     try:
         tx, schedule = make_optimizer(stage.optimizer, stage.steps), make_schedule(stage.optimizer, stage.steps)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise ConfigError(f"{field}.{error}") from error
 
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
@@ -97,7 +99,8 @@ def run_stage(
         source = _Batches(make_batches, start, stage.steps, stage.batch_size, mesh)
         key = jax.device_put(jax.random.key(seed), sharding.replicated(mesh))
         initialise = functools.partial(init_state, objective, tx)
-        like = sharding.abstract_arrays(jax.eval_shape(initialise, key, source.ahead), mesh)
+        first_batch = source.ahead if objective.first_batch is None else objective.first_batch
+        like = sharding.abstract_arrays(jax.eval_shape(initialise, key, first_batch), mesh)
         shardings = jax.tree.map(lambda x: x.sharding, like)
         if start:
             state, position, saved_config = checkpoints.restore(like, start)
@@ -109,7 +112,7 @@ def run_stage(
                 say(f"{objective.name}: the configuration has changed since: {line}")
         else:
             position = 0
-            state = jax.jit(initialise, out_shardings=shardings)(key, source.ahead)
+            state = jax.jit(initialise, out_shardings=shardings)(key, first_batch)
         if start >= stage.steps:
             return state
 
@@ -147,11 +150,11 @@ def run_stage(
                 checkpoints.save(done, state, next_step=position + done - start, config=config)
             elif done % stage.log_every == 0:
                 checkpoints.check()
-            if stopped and not last:
+            if stopped:
                 checkpoints.wait()
                 name = signal.Signals(stop.signal).name
                 say(f"{objective.name}: stopped by {name} after step {done}, which is saved; the same command goes on")
-                raise Interrupted(128 + stop.signal)
+                return state  # into Interrupted, see _StopRequest
             if sample_fn is not None and stage.sample_every and done % stage.sample_every == 0:
                 began = time.perf_counter()
                 sample_fn(done, state.ema_params)
@@ -223,7 +226,10 @@ class _Report:
 
 
 class _StopRequest:
-    """Whether someone asked the run to stop: SIGTERM (preemption) or Ctrl-C. A second signal is not held back."""
+    """Whether someone asked the run to stop: SIGTERM (preemption) or Ctrl-C. A second signal is not held back.
+
+    Leaving the block raises Interrupted if so, even where the stage is complete: no stage after it must begin.
+    """
 
     def __init__(self):
         self.signal: int | None = None
@@ -236,14 +242,19 @@ class _StopRequest:
                 self._previous[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
+    def __exit__(self, kind, *_) -> None:
+        self._release()
+        if self.signal is not None and kind is None:
+            raise Interrupted(128 + self.signal)
 
     def _note(self, number: int, _) -> None:
         self.signal = number
-        self.__exit__()
+        self._release()
+
+    def _release(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
 
     def reached(self, checkpoints: Checkpoints, done: int) -> bool:
         """At a step boundary; the same answer on every process."""
@@ -257,8 +268,8 @@ def _stop_if_lost(objective: Objective, stage, done: int, metrics: dict) -> None
     in_a_row = int(metrics["nonfinite_in_a_row"])
     if in_a_row >= stage.abort_after_nonfinite:
         raise StreamDiTError(
-            f"{objective.name}: loss or gradient was not finite in {in_a_row} steps in a row, up to step {done}; they were "
-            "skipped, so checkpoints are sound; lower optimizer.learning_rate, or look for what is wrong in the data"
+            f"{objective.name}: loss or gradient was not finite in {in_a_row} steps in a row, up to step {done}; they "
+            "were skipped, so checkpoints are sound; lower optimizer.learning_rate, or look for the fault in the data"
         )
 
 

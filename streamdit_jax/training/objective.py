@@ -21,8 +21,8 @@ class Objective:
 
     Attributes:
         name: what log lines and files call it, e.g. "flow_matching".
-        init: (key, batch) → params, float leaves. Pure and traceable: it runs under `jit`, so that no device need hold all
-            of a large model, and under `jax.eval_shape`.
+        init: (key, batch) → params, float leaves. Pure and traceable: it runs under `jit`, so that no device need hold
+            the whole of a large model, and under `jax.eval_shape`.
         loss: (params, constants, batch, key) → (scalar loss, named scalars to be logged beside it). Differentiated in
             params only. The means it takes are over the whole global batch: under a mesh the arrays are global and XLA
             inserts the reductions.
@@ -35,3 +35,4 @@ class Objective:
     init: Callable[[jax.Array, Batch], Params]
     loss: Callable[[Params, Any, Batch, jax.Array], Loss]
     constants: Any = ()
+    first_batch: Batch | None = None

@@ -1,0 +1,89 @@
+"""The flow-matching objective: one velocity model for every partition scheme of a mixture (StreamDiT §3.1, §3.2; eq. 1–3, 7–9).
+
+A step draws, for each example or for the batch, a scheme and a level for each chunk, noises the clip to these levels, and scores the
+predicted velocity on all frames but references. Text encoders are trained along; a dropped caption is the empty prompt.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from streamdit_jax import flow
+from streamdit_jax.config import Config, FlowMatchingObjective
+from streamdit_jax.models.dit import DiT, Text
+from streamdit_jax.models.tae import TAE
+from streamdit_jax.models.text import TextConfig, TextEncoder, tokenize
+from streamdit_jax.partition import draw_levels
+from streamdit_jax.training.autoencoder import to_unit_range
+from streamdit_jax.training.objective import Objective
+
+
+def encode_text(configs: tuple[TextConfig, ...], params: tuple, tokens, mask) -> Text:
+    """Every encoder's sequence and mask for tokens [batch, S]: the `text` of a DiT."""
+    return tuple(
+        (TextEncoder(config).apply({"params": of_encoder}, tokens, mask), mask)
+        for config, of_encoder in zip(configs, params)
+    )
+
+
+def max_tokens(configs: tuple[TextConfig, ...]) -> int:
+    """The tokens that every encoder of a model takes."""
+    return min(config.max_tokens for config in configs)
+
+
+def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=None) -> Objective:
+    """The objective of text encoders and DiT on {"latents" or "video", "tokens", "text_mask"}; params {"text": {"0": …}, "dit": …}.
+
+    tae_params: the frozen autoencoder, needed where batches hold pixels. Metrics: `velocity_loss` by quarter of the flow time, and
+    `scored_share` of the frames.
+    """
+    dit = DiT(config.dit)
+    empty_tokens, empty_mask = tokenize("", max_tokens(config.text))
+
+    def text_of(params, tokens, mask) -> Text:
+        return encode_text(config.text, tuple(params[str(i)] for i in range(len(config.text))), tokens, mask)
+
+    def latents_of(constants, batch):
+        if "latents" in batch:
+            return batch["latents"]
+        video = to_unit_range(batch["video"])
+        return TAE(config.tae).apply({"params": constants["tae"]}, video, method=TAE.encode)[0]
+
+    def init(key, batch):
+        text_key, dit_key = jax.random.split(key)
+        tokens, mask = (jnp.asarray(batch[name][:1]) for name in ("tokens", "text_mask"))
+        text_params = {
+            str(index): TextEncoder(of_encoder).init(jax.random.fold_in(text_key, index), tokens, mask)["params"]
+            for index, of_encoder in enumerate(config.text)
+        }
+        latents = jnp.zeros((1, *config.dit.latent))
+        text = text_of(text_params, tokens, mask)
+        dit_params = dit.init(dit_key, latents, jnp.zeros(latents.shape[:2]), text)["params"]
+        return {"text": text_params, "dit": dit_params}
+
+    def loss(params, constants, batch, key):
+        level_key, noise_key, drop_key = jax.random.split(key, 3)
+        latents = jax.lax.stop_gradient(latents_of(constants, batch))
+        size = len(latents)
+        per_example = objective.mixture.draw == "example"
+        drawn = draw_levels(level_key, constants["mixture"], size, per_example=per_example)
+        noise = jax.random.normal(noise_key, latents.shape)
+        dropped = jax.random.uniform(drop_key, (size, 1)) < constants["caption_dropout"]
+        tokens = jnp.where(dropped, empty_tokens, batch["tokens"])
+        mask = jnp.where(dropped, empty_mask, batch["text_mask"])
+
+        noised = flow.interpolate(latents, noise, drawn.levels)
+        target = flow.velocity_target(latents, noise)
+        present = drawn.present if objective.mixture.ramp else None
+        predicted = dit.apply({"params": params["dit"]}, noised, drawn.levels, text_of(params["text"], tokens, mask), present)
+        value = flow.loss(predicted, target, drawn.scored)
+        quarters = {}
+        for quarter in range(4):
+            inside = drawn.scored & (jnp.clip(jnp.floor(drawn.levels * 4), 0, 3) == quarter)
+            quarters[f"velocity_loss_{quarter + 1}of4"] = flow.loss(predicted, target, inside)
+        return value, {**quarters, "scored_share": jnp.mean(drawn.scored.astype(jnp.float32))}
+
+    constants = {"mixture": objective.mixture.arrays(), "caption_dropout": np.float32(objective.caption_dropout)}
+    if tae_params is not None:
+        constants["tae"] = tae_params
+    return Objective(name="flow_matching", init=init, loss=loss, constants=constants)

@@ -1,0 +1,238 @@
+"""A configuration's stages, one after another, through the one loop: data → autoencoder → latents → text encoder + DiT → a model on disk.
+
+    WORKDIR/data/…            the rendered roadtrip, or ingested video, if the configuration's source is one of these
+    WORKDIR/latents           clips as latents, made once, by the finished autoencoder
+    WORKDIR/<stage>/…         checkpoints, metrics.jsonl, TensorBoard events, samples
+    WORKDIR/model             model.json and weights; `streamdit stream --model=WORKDIR` loads it
+
+Each step looks for what it would make and goes on from there, so that a run that was stopped is continued by the same command.
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+
+import streamdit_jax
+from streamdit_jax import sharding, weights
+from streamdit_jax.config import Config, StageConfig
+from streamdit_jax.data import encode, records, video
+from streamdit_jax.data.input_pipeline import make_batches
+from streamdit_jax.data.roadtrip_builder import prepare_roadtrip
+from streamdit_jax.errors import ConfigError, DataError
+from streamdit_jax.models.tae import TAE
+from streamdit_jax.models.text import tokenize
+from streamdit_jax.pipeline import Pipeline
+from streamdit_jax.training.autoencoder import autoencoder, latent_statistics
+from streamdit_jax.training.flow_matching import flow_matching, max_tokens
+from streamdit_jax.training.loop import run_stage
+from streamdit_jax.training.objective import Objective
+
+INITIAL_CLIPS = 192
+STATISTICS_CLIPS = 256
+SAMPLE_SECONDS = 4
+SAMPLE_PROMPTS = (
+    "a red car drives past green hills on a sunny day",
+    "a blue bus drives slowly to the left through the city at night",
+    "a yellow truck drives fast to the right through the desert at sunset in the rain",
+)
+ENCODE_BATCH = 8
+
+
+def open_source(config: Config, workdir: Path, log=print) -> records.Records:
+    """The clips to train on: rendered, ingested or opened. DataError, naming it, for a source that is none of these."""
+    data, source = config.data, Path(config.data.source)
+    if data.source == "roadtrip":
+        directory = prepare_roadtrip(
+            workdir / "data", data.num_clips, data.clip_frames, data.captions_per_clip, config.seed, data.height
+        )
+        return records.open_records(directory)
+    if not source.is_dir():
+        raise DataError(f'{source}: data.source is neither "roadtrip" nor a directory')
+    if encode.is_video_folder(source):
+        pixels = workdir / "data" / "video"
+        if not pixels.exists():
+            log(f"reading the videos of {source}")
+            encode.ingest(
+                source,
+                pixels,
+                height=data.height,
+                width=data.width,
+                frame_rate=data.frame_rate,
+                clip_frames=data.clip_frames,
+            )
+        source = pixels
+    return records.open_records(source)
+
+
+def encode_records(config: Config, tae_params: Any, source: records.Records, out: Path) -> records.Records:
+    """The clips of `source` as latents in `out`, made once. `out` must not hold something else."""
+    if not out.exists():
+        apply = jax.jit(lambda params, clips: TAE(config.tae).apply({"params": params}, clips, method=TAE.encode)[0])
+        encode.encode(
+            source.directory, out, lambda clips: np.asarray(apply(tae_params, clips)), batch_size=ENCODE_BATCH
+        )
+    return records.open_records(out)
+
+
+def train(config: Config, workdir: str | Path, command: str = "", log=print) -> Path:
+    """Runs the configuration's stages and returns the directory of the finished model.
+
+    Raises ConfigError before any device work for stages that the data cannot feed, DataError for the data, CheckpointError for checkpoints
+    that do not fit or are damaged.
+    """
+    workdir, stages = Path(workdir), config.training
+    if stages.autoencoder is None and stages.flow_matching is None:
+        raise ConfigError("training: has no stage; give autoencoder, flow_matching or both")
+    mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
+    source = open_source(config, workdir, log)
+    model = workdir / "model"
+    parts = _finished_parts(model)
+    card = {"command": command, "seed": config.seed, "hardware": hardware(), "versions": versions(), "stages": {}}
+    if (model / weights.MODEL_FILE).exists():
+        card["stages"] = weights.load_card(model)["card"].get("stages", {})
+
+    if stages.autoencoder is not None and "autoencoder" not in card["stages"]:
+        if source.kind != "pixels":
+            raise ConfigError(f"training.autoencoder: needs pixels, but {config.data.source} holds {source.kind}")
+        objective = _from_many_clips(autoencoder(config.tae, stages.autoencoder.objective), config, source)
+        state, facts = _run(config, "autoencoder", stages.autoencoder, objective, source, workdir, mesh, None, log)
+        tae = jax.tree.map(np.asarray, state.ema_params["tae"])
+        videos = (source[int(index)]["video"][None] for index in _spread(len(source), STATISTICS_CLIPS))
+        parts["tae"] = jax.tree.map(np.asarray, latent_statistics(tae, videos, config.tae))
+        card["stages"]["autoencoder"] = facts
+        _save(model, config, parts, card)
+
+    if stages.flow_matching is not None and "flow_matching" not in card["stages"]:
+        latents = source
+        if source.kind == "pixels":
+            if "tae" not in parts:
+                raise ConfigError(
+                    f"training.autoencoder: missing, and {model} holds no trained autoencoder to encode {config.data.source} with"
+                )
+            log("encoding clips to latents")
+            latents = encode_records(config, parts["tae"], source, workdir / "latents")
+        objective = flow_matching(config, stages.flow_matching.objective)
+
+        def sample(step, params):
+            whole = {"tae": parts["tae"], **params}
+            folder = workdir / "flow_matching" / "samples" / f"step_{step:07d}"
+            write_samples(config, whole, folder)
+
+        sample_fn = sample if "tae" in parts else None
+        state, facts = _run(
+            config, "flow_matching", stages.flow_matching, objective, latents, workdir, mesh, sample_fn, log
+        )
+        parts |= jax.tree.map(np.asarray, dict(state.ema_params))
+        card["stages"]["flow_matching"] = facts
+        _save(model, config, parts, card)
+    return model
+
+
+def _from_many_clips(objective: Objective, config: Config, source: records.Records) -> Objective:
+    """The objective, initialised from a little of many clips: principal components of one batch would be those of a few scenes."""
+    frames = min(config.tae.compression[0], source.shape[0])
+    videos = np.stack([source[int(index)]["video"][:frames] for index in _spread(len(source), INITIAL_CLIPS)])
+    return dataclasses.replace(objective, first_batch={"video": videos})
+
+
+def _spread(total: int, wanted: int) -> np.ndarray:
+    """Up to `wanted` indices, evenly over `total`."""
+    return np.linspace(0, total - 1, min(total, wanted)).astype(int)
+
+
+def _finished_parts(model: Path) -> dict[str, Any]:
+    if not (model / weights.MODEL_FILE).exists():
+        return {}
+    card = weights.load_card(model)
+    return {part: weights.load_part(model, card, part) for part in card["parts"]}
+
+
+def _save(model: Path, config: Config, parts: dict, card: dict) -> None:
+    if jax.process_index() == 0:
+        weights.save_model(model, json.loads(config.to_json()), parts, card)
+
+
+def _run(config, name: str, stage: StageConfig, objective, source, workdir, mesh, sample_fn, log):
+    """One stage through the loop; its state, and the facts of it for the model's card."""
+    text = None
+    if name != "autoencoder":
+        longest = max_tokens(config.text)
+
+        def text(caption):
+            return tokenize(caption, longest)
+
+    def batches(first_step):
+        return make_batches(
+            source,
+            batch_size=stage.batch_size,
+            num_frames=stage.num_frames,
+            seed=config.seed,
+            tokenize=text,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            first_step=first_step,
+        )
+
+    began = time.monotonic()
+    state = run_stage(
+        objective,
+        stage,
+        batches,
+        workdir / name,
+        seed=config.seed,
+        mesh=mesh,
+        config_json=json.loads(config.to_json()),
+        sample_fn=sample_fn,
+        log=log,
+    )
+    facts = {
+        "steps": int(state.step),
+        "batch_size": stage.batch_size,
+        "skipped_steps": int(state.nonfinite_count),
+        "seconds_of_last_start": round(time.monotonic() - began, 1),
+        "clips": len(source),
+        "finished": time.strftime("%Y-%m-%d"),
+    }
+    return state, facts
+
+
+def write_samples(config: Config, params: dict, folder: Path) -> None:
+    """Streams a few prompts with the model's own sampling into MP4 files."""
+    pipeline = Pipeline(config, params)
+    folder.mkdir(parents=True, exist_ok=True)
+    frames_wanted = int(SAMPLE_SECONDS * config.data.frame_rate)
+    for index, prompt in enumerate(SAMPLE_PROMPTS):
+        stream, frames = pipeline.stream(prompt, seed=index), []
+        while sum(map(len, frames)) < frames_wanted:
+            frames.append(next(stream))
+        video.write_video(folder / f"{index}.mp4", np.concatenate(frames)[:frames_wanted], config.data.frame_rate)
+
+
+def hardware() -> str:
+    """What this process computes on."""
+    device = jax.devices()[0]
+    kind = f"{len(jax.devices())} × {device.device_kind}"
+    return f"{kind}, {platform.machine()}, {len(_cores())} cores" if device.platform == "cpu" else kind
+
+
+def _cores():
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+
+
+def versions() -> dict[str, str]:
+    """Versions that decide numbers."""
+    return {
+        "streamdit_jax": streamdit_jax.__version__,
+        "jax": jax.__version__,
+        "flax": flax.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,105 @@
+"""Every mistake in a configuration is one ConfigError that names the field; every file under configs/ builds."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import pytest
+
+from streamdit_jax import config as configuration
+from streamdit_jax.config import Config, from_arguments, from_mapping
+from streamdit_jax.errors import ConfigError
+from streamdit_jax.models.dit import parameter_count
+from streamdit_jax.pipeline import initialise
+
+ROOT = Path(__file__).parents[1]
+FILES = sorted((ROOT / "configs").glob("*.py"))
+ROADTRIP = f"--config={ROOT / 'configs' / 'roadtrip.py'}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_builds_without_a_device(file):
+    config = from_arguments([f"--config={file}"])
+    shapes = jax.eval_shape(lambda key: initialise(config, key), jax.random.key(0))
+    assert parameter_count(shapes["dit"]) > 0
+    assert from_mapping(json.loads(config.to_json())) == config
+    docstring = file.read_text().split('"""')[1]
+    assert f"configs/{file.name}" in docstring, "a config's docstring is the command that runs it"
+
+
+def test_the_4b_model_has_its_parameters():
+    config = from_arguments([f"--config={ROOT / 'configs' / 'streamdit_4b.py'}"])
+    count = parameter_count(jax.eval_shape(lambda key: initialise(config, key), jax.random.key(0))["dit"])
+    assert abs(count / 4.117e9 - 1) < 0.005
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["--config.dit.wdth=1"], "wdth"),
+        (["--config.dit.width=wide"], "dit.width"),
+        (["--config.dit.num_heads=3"], "dit.num_heads: 3 heads do not divide a width of 256"),
+        (["--config.dit.windows=((8,3,4),)"], "dit.windows: 3 does not divide the 4 tokens along height"),
+        (["--config.dit.num_layers=5"], "dit.num_layers: 5 layers do not hold whole patterns of 2"),
+        (["--config.dit.patch=(2,2,2)"], "dit.patch"),
+        (["--config.dit.latent=(16,8,8,16)"], "dit.latent: 16 channels, but tae.latent_channels is 32"),
+        (["--config.dit.qk_norm=batch"], "dit.qk_norm: 'batch' is not one of none, head, width"),
+        (["--config.dit.norm=rms"], "has no field norm, so no override can set it"),
+        (["--config.data.height=72"], "data.height: 72 pixels make 9 latents"),
+        (["--config.sampling.scheme=N8c1s16"], "sampling.scheme: N8c1s16 does not tile the buffer"),
+        (["--config.sampling.scheme=8x2"], "sampling.scheme"),
+        (["--config.sampling.filling=magic"], "sampling.filling"),
+        (
+            ["--config.training.flow_matching.objective.mixture.entries=(('N8c2s1',1.0),('N8c1s1',1.0))"],
+            "training.flow_matching.objective.mixture.entries: every scheme of a mixture must tile the same buffer",
+        ),
+        (["--config.training.flow_matching.num_frames=8"], "training.flow_matching.num_frames"),
+        (["--config.training.flow_matching.num_frames=0"], "training.flow_matching.num_frames: must be at least 1"),
+        (["--config.training.autoencoder.optimizer.learning_rate=0.0"], "training.autoencoder.optimizer.learning_rate"),
+        (["--config.tae.widths=(64,)"], "tae.widths"),
+        (["extra"], "extra: unknown argument"),
+    ],
+)
+def test_mistakes_name_their_field(overrides, message):
+    with pytest.raises(ConfigError, match=re.escape(message)) as raised:
+        from_arguments([ROADTRIP, *overrides])
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_and_broken_files(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config():\n    return 1 / 0\n")
+    for arguments, message in (
+        ([], "--config: give a file"),
+        (["--config=nowhere.py"], "there is no file nowhere.py"),
+        ([f"--config={broken}"], "division by zero"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            from_arguments(arguments)
+
+
+def test_a_key_of_another_objective_is_unread():
+    mapping = json.loads(from_arguments([ROADTRIP]).to_json())
+    mapping["training"]["autoencoder"]["objective"]["caption_dropout"] = 0.1
+    with pytest.raises(ConfigError, match=r"training\.autoencoder\.objective\.caption_dropout: nothing reads this key"):
+        from_mapping(mapping)
+
+
+def test_missing_fields_are_named():
+    mapping = json.loads(from_arguments([ROADTRIP]).to_json())
+    del mapping["dit"]["width"]
+    with pytest.raises(ConfigError, match=r"dit\.width: missing"):
+        from_mapping(mapping)
+
+
+def test_every_field_is_read_somewhere():
+    """A field that no module reads as an attribute would be a key that changes nothing."""
+    source = "\n".join(path.read_text() for path in (ROOT / "streamdit_jax").rglob("*.py"))
+    read = set(re.findall(r"\.([a-z_][a-z0-9_]*)", source))
+    # Read as a whole: the mesh's axes by `sharding.make_mesh`, the weights of the losses by the names of these.
+    whole = (configuration.MeshConfig, configuration.AutoencoderObjective)
+    classes = [cls for cls in vars(configuration).values() if dataclasses.is_dataclass(cls) and cls not in whole]
+    unread = [f"{cls.__name__}.{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.name not in read]
+    assert not unread
