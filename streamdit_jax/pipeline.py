@@ -19,7 +19,7 @@ from streamdit_jax import weights
 from streamdit_jax.config import Config, from_mapping
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
 from streamdit_jax.models.dit import DiT, Text, unstack
-from streamdit_jax.models.tae import TAE
+from streamdit_jax.models.tae import TAE, initial_decoder_state
 from streamdit_jax.models.text import TextEncoder, tokenize
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.snapshot import Snapshot
@@ -95,6 +95,7 @@ class Pipeline:
         self._steps: dict[tuple, Any] = {}
         self._encode_text = jax.jit(self._encode_text_once)
         self._decode = jax.jit(self._decode_once)
+        self._encode_video = jax.jit(self._encode_video_once)
 
     @property
     def frame_rate(self) -> float:
@@ -176,9 +177,17 @@ class Pipeline:
         video, state = TAE(self.config.tae).apply({"params": params}, latents, state, method=TAE.decode)
         return jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8), state
 
+    def _encode_video_once(self, params, video):
+        return TAE(self.config.tae).apply({"params": params}, video, method=TAE.encode)[0]
+
+    def encode_video(self, video: np.ndarray) -> jax.Array:
+        """Video [b, F, H, W, 3] in [−1, 1] → normalised latents [b, f, h, w, C]."""
+        return self._encode_video(self._tae_params, video)
+
     def decode(self, latents: jax.Array, state: Any) -> tuple[jax.Array, Any]:
         """Latents [b, f, h, w, C] → uint8 frames [b, F, H, W, 3] and the decoder's state to carry on; None starts a video."""
-        state = TAE(self.config.tae).decoder_state(len(latents), *latents.shape[2:4]) if state is None else state
+        if state is None:
+            state = initial_decoder_state(self.config.tae, len(latents), self.config.data.height, self.config.data.width)
         return self._decode(self._tae_params, latents, state)
 
     def step(self, scheme: PartitionScheme, masked: bool):
@@ -199,7 +208,8 @@ class Pipeline:
 class Stream(Iterator[np.ndarray]):
     """An endless video. Each `next` gives the frames that left the buffer: uint8 [frames, height, width, 3].
 
-    Set `prompt` or `guidance` at any time: they take effect at the next micro step. `seconds` sums the time spent in "forward" and "decode".
+    Set `prompt` or `guidance` at any time: they take effect at the next micro step. `seconds` sums the time
+    spent in "forward" and "decode"; `forwards` counts micro steps.
     """
 
     def __init__(self, pipeline: Pipeline, prompt, scheme, guidance, filling, state, decoder, row: int):
@@ -207,7 +217,7 @@ class Stream(Iterator[np.ndarray]):
         self._state, self._decoder, self._row = state, decoder, row
         self._fill, self._flow = streaming.filling_rows(scheme, filling), streaming.streaming_rows(scheme)
         self._null = pipeline.encode_prompt("")
-        self.seconds = {"forward": 0.0, "decode": 0.0}
+        self.seconds, self.forwards = {"forward": 0.0, "decode": 0.0}, 0
         self.prompt, self.guidance = prompt, guidance
 
     @property
@@ -252,6 +262,7 @@ class Stream(Iterator[np.ndarray]):
         step = self._pipeline.step(self.scheme, masked=self._filling == "ramp")
         self._state, front = step(self._state, row, condition)
         self._row += 1
+        self.forwards += 1
         if row.adopt and references:
             return self._state.buffer[:, :references]
         return front if row.advance else None
