@@ -65,20 +65,24 @@ class Probe(nn.Module):
             x = nn.Conv(width, (3, 3), (1, 1) if level == 3 else (2, 2), name=f"conv_{level}")(x)
             x = nn.gelu(nn.LayerNorm(name=f"norm_{level}")(x))
         x = x.reshape(len(x), -1)
+        motion = nn.gelu(nn.Dense(48, name="motion")(profile))
         return {
-            name: nn.Dense(len(values), name=name)(profile if name in MOTION else x) for name, values in FACTORS.items()
+            name: nn.Dense(len(values), name=name)(motion if name in MOTION else x) for name, values in FACTORS.items()
         }
 
 
 def _damage(key, clips: Float[Array, "b f 64 64 3"]) -> Float[Array, "b f 64 64 3"]:
-    """What a decoder or a generator may do to a clip: blur, grain, coarse stains, brightness and contrast ± 5 %."""
+    """What a decoder or a generator may do to a clip: blur, ghosts, grain, stains, brightness and contrast ± 5 %."""
     b, f = clips.shape[:2]
-    keys = jax.random.split(key, 6)
+    keys = jax.random.split(key, 7)
     wide = jnp.pad(clips, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)), mode="edge")
     rows = (wide[:, :, :-2] + 2 * wide[:, :, 1:-1] + wide[:, :, 2:]) / 4
     blurred = (rows[:, :, :, :-2] + 2 * rows[:, :, :, 1:-1] + rows[:, :, :, 2:]) / 4
     per_clip = (b, 1, 1, 1, 1)
     clips = clips + (blurred - clips) * 1.3 * jax.random.uniform(keys[0], per_clip)
+    # four frames share a latent: what moves within it leaves ghosts
+    ghosts = clips.reshape(b, f // 4, 4, 64, 64, 3).mean(2).repeat(4, axis=1)
+    clips = clips + (ghosts - clips) * 0.6 * jax.random.uniform(keys[6], per_clip)
     grain = 0.05 * jax.random.uniform(keys[1], per_clip) * jax.random.normal(keys[2], clips.shape)
     coarse = jax.random.normal(keys[3], (b, f, 8, 8, 3)).repeat(8, axis=2).repeat(8, axis=3)
     stains = 0.03 * jax.random.uniform(keys[4], per_clip) * coarse
