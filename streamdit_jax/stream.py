@@ -136,7 +136,7 @@ def initial_state(
     shape = (len(keys), scheme.buffer_size)
     return StreamState(
         buffer=buffer,
-        queue=buffer,
+        queue=jnp.copy(buffer),  # of its own: both are donated to the first step
         present=jnp.full(shape, filling == "uniform"),
         keys=keys,
         next_chunk=jnp.uint32(scheme.num_chunks),

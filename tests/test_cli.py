@@ -1,0 +1,110 @@
+"""The command line: what it makes, and that every mistake is one line and exit code 2."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+
+from streamdit_jax import cli
+
+
+def run(capsys, *arguments):
+    code = cli.main([str(argument) for argument in arguments])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+@pytest.fixture(autouse=True)
+def compiled_here(tmp_path, monkeypatch):
+    """The compilation cache of a user is left alone."""
+    monkeypatch.setattr(cli, "_enable_compilation_cache", lambda: None)
+
+
+def test_stream_writes_a_video_and_a_closing_line(capsys, tiny_model, tmp_path):
+    out = tmp_path / "out.mp4"
+    at = ["--at", "0.5:a blue bus", "--at", "1:"]
+    code, said, _ = run(capsys, "stream", "a red car", "--model", tiny_model, "--seconds", 2.2, "--out", out, *at)
+    assert code == 0
+    assert said.startswith(f"{out}: 35 frames in ") and "frames per second" in said
+    with av.open(str(out)) as container:
+        video = container.streams.video[0]
+        assert (video.codec_context.name, float(video.average_rate)) == ("h264", 16.0)
+        assert (video.codec_context.pix_fmt, video.width, video.height) == ("yuv420p", 16, 16)
+        assert sum(1 for _ in container.decode(video=0)) == 35
+
+
+def test_json_is_one_object_and_nothing_else(capsys, tiny_model, tmp_path):
+    out = tmp_path / "out.mp4"
+    arguments = ["--model", tiny_model, "--seconds", 1, "--out", out, "--scheme", "N4c2s1", "--guidance", 1]
+    code, said, _ = run(capsys, "stream", "a red car", "--json", *arguments)
+    report = json.loads(said)
+    assert code == 0 and report["frames"] == 16 and report["scheme"] == "N4c2s1" and report["forwards"] == 3 + 2
+    assert set(report["parts_seconds"]) == {"forward", "decode", "write"}
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--model", "nowhere"], "nowhere: no model of that name"),
+        (["--scheme", "N9c9s9"], "scheme: N9c9s9 has 81 frames"),
+        (["--at", "soon:night"], "--at: 'soon:night' is not SECONDS:PROMPT"),
+        (["--at", "1"], "--at: '1' is not SECONDS:PROMPT"),
+        (["--at", "1:" + "x" * 10_000], "prompt: 10000 bytes"),
+        (["--seconds", "0"], "--seconds: must be a positive number"),
+        (["--out", "no/such/folder/x.mp4"], "--out: there is no directory no/such/folder"),
+    ],
+)
+def test_mistakes_are_one_line(capsys, tiny_model, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    model = [] if "--model" in arguments else ["--model", tiny_model]
+    code, said, error = run(capsys, "stream", "a red car", *model, *arguments)
+    assert code == 2 and said == "" and error.count("\n") == 1 and message in error
+    assert not list(tmp_path.glob("*.mp4"))
+
+
+@pytest.mark.parametrize("prompt", ["", "x", "🚗 in the ❄️", "x" * 10_000])
+def test_prompts_of_any_length(capsys, tiny_model, tmp_path, prompt):
+    code, _, error = run(capsys, "stream", prompt, "--model", tiny_model, "--seconds", 0.5, "--out", tmp_path / "o.mp4", "--quiet")
+    if len(prompt) < 100:
+        assert code == 0 and (tmp_path / "o.mp4").exists()
+    else:
+        assert code == 2 and "prompt: 10000 bytes, but at most" in error and not (tmp_path / "o.mp4").exists()
+
+
+def test_training_mistakes_come_before_any_work(capsys, tmp_path):
+    for arguments, message in (
+        ([], "--config: give a file"),
+        (["--config=missing.py"], "there is no file missing.py"),
+        (["--config=configs/roadtrip.py", "--config.dit.num_heads=3"], "dit.num_heads"),
+    ):
+        code, _, error = run(capsys, "train", "--workdir", tmp_path / "run", *arguments)
+        assert code == 2 and message in error and error.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_figure(capsys, tmp_path):
+    code, _, _ = run(capsys, "figure", "N4c2s2", "--out", tmp_path / "levels.png")
+    assert code == 0 and (tmp_path / "levels.png").stat().st_size > 1000
+    code, _, error = run(capsys, "figure", "N4", "--out", tmp_path / "other.png")
+    assert code == 2 and "N4" in error
+
+
+def test_encode_writes_latents_of_video_files(capsys, tiny_model, tmp_path):
+    from streamdit_jax.data.records import open_records
+    from streamdit_jax.data.video import write_video
+
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    frames = np.random.default_rng(0).integers(0, 255, (90, 16, 16, 3), np.uint8)
+    write_video(folder / "a.mp4", frames, 16.0)
+    (folder / "captions.jsonl").write_text('{"file": "a.mp4", "caption": "noise"}\n')
+    code, said, _ = run(capsys, "encode", folder, tmp_path / "latents", "--model", tiny_model)
+    records = open_records(tmp_path / "latents")
+    assert code == 0 and "2 clips" in said and records.kind == "latents" and records.shape == (10, 4, 4, 4)
+    assert records[0]["captions"] == ["noise"]
+    code, _, error = run(capsys, "encode", folder, tmp_path / "latents", "--model", tiny_model)
+    assert code == 2 and "latents" in error, "what is there is not overwritten"
+    (folder / "b.mp4").write_bytes(b"no video")
+    (folder / "captions.jsonl").write_text('{"file": "a.mp4", "caption": "noise"}\n{"file": "b.mp4", "caption": "?"}\n')
+    code, _, error = run(capsys, "encode", folder, tmp_path / "others", "--model", tiny_model)
+    assert code == 2 and "b.mp4" in error and not (tmp_path / "others").exists()
