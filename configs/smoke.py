@@ -1,8 +1,10 @@
 """Data → autoencoder → DiT → stream in under three minutes on two CPU cores; the end-to-end test.
 
-    streamdit train --config=configs/smoke.py --workdir=/tmp/smoke && streamdit stream "a red car" --model=/tmp/smoke --seconds=2
+    streamdit train --config=configs/smoke.py --workdir=/tmp/smoke && streamdit stream "a red car" --model=/tmp/smoke
+    --seconds=2
 
-Expect an autoencoder of about 24 dB and coloured noise that moves: it shows that everything fits together, not what the model can do.
+Expect an autoencoder of about 24 dB and coloured noise that moves: it shows that everything fits together, not what
+the model can do.
 """
 
 import ml_collections

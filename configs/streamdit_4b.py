@@ -2,9 +2,10 @@
 
     streamdit train --config=configs/streamdit_4b.py --workdir=gs://…/streamdit_4b --config.data.source=DIR
 
-DIR holds captioned video, or latents that `streamdit encode` made of it. This is the first stage of the paper's recipe, task learning
-(10k steps at 1e-4 on 128 H100); the next two go on from its checkpoint with --config.training.flow_matching.optimizer.learning_rate=1e-5.
-The text encoders have the shapes of UL2, ByT5-Base and a CLIP-sized encoder of 256 tokens (Movie Gen §3.1.3).
+DIR holds captioned video, or latents that `streamdit encode` made of it. This is the first stage of the paper's
+recipe, task learning (10k steps at 1e-4 on 128 H100); the next two go on from its checkpoint with
+--config.training.flow_matching.optimizer.learning_rate=1e-5. The text encoders have the shapes of UL2, ByT5-Base and
+a CLIP-sized encoder of 256 tokens (Movie Gen §3.1.3).
 """
 
 import ml_collections

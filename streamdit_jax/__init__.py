@@ -1,8 +1,8 @@
 """StreamDiT: real-time, endless text-to-video, in JAX and Flax (arXiv 2507.03745).
 
-    import streamdit_jax as sd
-    stream = sd.load("roadtrip").stream("a red car drives past green hills")
-    frames = next(stream)          # uint8 [frames, height, width, 3]
+import streamdit_jax as sd
+stream = sd.load("roadtrip").stream("a red car drives past green hills")
+frames = next(stream)          # uint8 [frames, height, width, 3]
 """
 
 from typing import TYPE_CHECKING

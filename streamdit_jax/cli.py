@@ -1,6 +1,7 @@
-"""The command line: streamdit stream | train | encode | evaluate | figure.
+"""The command line: streamdit stream | train | encode | evaluate | export | figure.
 
-A user's mistake ends in one clear line on standard error and exit code 2; with --json, standard output holds one JSON object and nothing else.
+A user's mistake ends in one clear line on standard error and exit code 2; with --json, standard output holds one JSON
+object and nothing else.
 """
 
 import argparse
@@ -16,7 +17,9 @@ DEFAULT_PROMPT = "a red car drives past green hills on a sunny day"
 
 
 def _enable_compilation_cache() -> None:
-    """Compiled steps are kept on disk, so that the second run starts within seconds. JAX_COMPILATION_CACHE_DIR overrides where."""
+    """Compiled steps are kept on disk, so that the second run starts within seconds. JAX_COMPILATION_CACHE_DIR
+    overrides where.
+    """
     import jax
 
     if not jax.config.jax_compilation_cache_dir:
@@ -32,7 +35,7 @@ def _switch(text: str) -> tuple[float, str]:
     except ValueError:
         at = -1.0
     if not colon or not 0 <= at < float("inf"):
-        raise ConfigError(f"--at: {text!r} is not SECONDS:PROMPT, such as 4:\"a red car drives through snow\"")
+        raise ConfigError(f'--at: {text!r} is not SECONDS:PROMPT, such as 4:"a red car drives through snow"')
     return at, prompt
 
 
@@ -55,7 +58,11 @@ def _stream(arguments) -> int:
     for _, prompt in switches:
         pipeline.encode_prompt(prompt)  # a prompt that is too long is found before the first frame, not in the middle
     stream = pipeline.stream(
-        arguments.prompt, arguments.seed, scheme=arguments.scheme, guidance=arguments.guidance, filling=arguments.filling
+        arguments.prompt,
+        arguments.seed,
+        scheme=arguments.scheme,
+        guidance=arguments.guidance,
+        filling=arguments.filling,
     )
     rate, data = pipeline.frame_rate, pipeline.config.data
     wanted = max(1, round(arguments.seconds * rate))
@@ -135,12 +142,40 @@ def _encode(arguments) -> int:
     return 0
 
 
+def _export(arguments) -> int:
+    from streamdit_jax import weights
+    from streamdit_jax.pipeline import find_model
+
+    directory = find_model(arguments.model)
+    described = weights.load_card(directory)
+    card = dict(described.get("card", {}))
+    for name in arguments.report:
+        try:
+            report = json.loads(Path(name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as mistake:
+            raise ConfigError(f"--report: {name} is no JSON report that evaluate wrote ({mistake})") from None
+        card.setdefault("metrics", {})[Path(name).stem] = report
+    parts = {part: weights.load_part(directory, described, part) for part in described["parts"]}
+    weights.save_model(arguments.out, described["config"], parts, card, dtype=arguments.dtype)
+    size = sum(path.stat().st_size for path in Path(arguments.out).iterdir())
+    print(f"{arguments.out}: {', '.join(parts)} in {arguments.dtype}, {size / 1e6:.1f} MB")
+    return 0
+
+
 def _evaluate(arguments) -> int:
     _enable_compilation_cache()
     from streamdit_jax.evaluation import evaluate
 
-    report = evaluate.run(arguments.what, arguments.model, prompts=arguments.prompts, seconds=arguments.seconds,
-                          scheme=arguments.scheme, guidance=arguments.guidance, seed=arguments.seed, sheet=arguments.sheet)
+    report = evaluate.run(
+        arguments.what,
+        arguments.model,
+        prompts=arguments.prompts,
+        seconds=arguments.seconds,
+        scheme=arguments.scheme,
+        guidance=arguments.guidance,
+        seed=arguments.seed,
+        sheet=arguments.sheet,
+    )
     print(json.dumps(report, indent=None if arguments.json else 1))
     return 0
 
@@ -154,7 +189,9 @@ def _figure(arguments) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="streamdit", description="Real-time, endless text-to-video.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="streamdit", description="Real-time, endless text-to-video.", allow_abbrev=False
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(name, run, text):
@@ -163,7 +200,9 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     def sampling(added):
-        added.add_argument("--model", default="roadtrip", help="a bundled model's name, or a directory that train wrote")
+        added.add_argument(
+            "--model", default="roadtrip", help="a bundled model's name, or a directory that train wrote"
+        )
         added.add_argument("--scheme", help="partition scheme, such as N8c2s2; the model's own by default")
         added.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
         added.add_argument("--seed", type=int, default=0)
@@ -173,7 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument("prompt", nargs="?", default=DEFAULT_PROMPT)
     stream.add_argument("--out", default="stream.mp4")
     stream.add_argument("--seconds", type=float, default=8.0)
-    stream.add_argument("--at", action="append", default=[], metavar="SECONDS:PROMPT", help="switch the prompt mid-stream")
+    stream.add_argument(
+        "--at", action="append", default=[], metavar="SECONDS:PROMPT", help="switch the prompt mid-stream"
+    )
     stream.add_argument("--filling", choices=("uniform", "ramp"), help="how the buffer is filled")
     stream.add_argument("--quiet", action="store_true", help="no progress bar")
     sampling(stream)
@@ -188,6 +229,12 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--model", default="roadtrip")
     encode.add_argument("--clip-frames", type=int, help="frames of a clip; the model's own by default")
     encode.add_argument("--skip-bad", action="store_true", help="leave out videos that do not decode, and say so")
+
+    export = command("export", _export, "copy a model, in another precision and with reports on its card")
+    export.add_argument("model", help="a bundled model's name, or a directory that train wrote")
+    export.add_argument("out", help="the directory to write; a model there is replaced")
+    export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
+    export.add_argument("--report", action="append", default=[], help="a JSON report of `streamdit evaluate`")
 
     evaluate = command("evaluate", _evaluate, "measure an autoencoder's fidelity, or what a probe sees in streams")
     evaluate.add_argument("what", choices=("autoencoder", "streams"))

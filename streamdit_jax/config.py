@@ -1,7 +1,8 @@
 """Configuration: ml_collections in, frozen dataclasses out; every mistake is a ConfigError that names the field.
 
-A config file is Python with a `get_config()` that returns a ConfigDict. It runs as code: load only files you trust. What a model directory
-stores is the same tree as JSON, which does not run. Each dataclass lists exactly the fields that something reads; any other key is an error.
+A config file is Python with a `get_config()` that returns a ConfigDict. It runs as code: load only files you trust.
+What a model directory stores is the same tree as JSON, which does not run. Each dataclass lists exactly the fields
+that something reads; any other key is an error.
 """
 
 import dataclasses
@@ -28,9 +29,11 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig:
-    """Where clips come from: "roadtrip"; a folder of video files with captions; or records that `streamdit encode` wrote.
+    """Where clips come from: "roadtrip"; a folder of video files with captions; or records that `streamdit encode`
+    wrote.
 
-    clip_frames: frames of a stored clip; a training example is a random crop of it. height, width, frame_rate: what video is resampled to.
+    clip_frames: frames of a stored clip; a training example is a random crop of it. height, width, frame_rate: what
+        video is resampled to.
     num_clips, captions_per_clip: how much of the roadtrip world is rendered.
     """
 
@@ -107,7 +110,9 @@ class MixtureConfig:
 
 @dataclasses.dataclass(frozen=True)
 class AutoencoderObjective:
-    """Weights of the autoencoder's losses; `image_share` of the examples count as one-frame videos (Movie Gen §3.1.1)."""
+    """Weights of the autoencoder's losses; `image_share` of the examples count as one-frame videos (Movie Gen
+    §3.1.1).
+    """
 
     l1: float = 1.0
     mse: float = 2.0
@@ -127,7 +132,9 @@ class AutoencoderObjective:
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatchingObjective:
-    """Buffered flow matching over a mixture of partition schemes; captions are dropped for guidance at `caption_dropout`."""
+    """Buffered flow matching over a mixture of partition schemes; captions are dropped for guidance at
+    `caption_dropout`.
+    """
 
     mixture: MixtureConfig
     caption_dropout: float = 0.1
@@ -250,7 +257,8 @@ class Config:
         ):
             _require(
                 size == factor * latent,
-                f"data.{field}: {size} pixels make {size / factor:g} latents after compression by {factor}, but dit.latent has {latent}",
+                f"data.{field}: {size} pixels make {size / factor:g} latents after compression by {factor}, "
+                f"but dit.latent has {latent}",
             )
         schemes = [("sampling.scheme", PartitionScheme.parse(self.sampling.scheme))]
         stage = self.training.flow_matching
@@ -264,7 +272,8 @@ class Config:
         for field, scheme in schemes:
             _require(
                 scheme.buffer_size == frames,
-                f"{field}: {scheme} does not tile the buffer: it has {scheme.buffer_size} frames and dit.latent {frames}",
+                f"{field}: {scheme} does not tile the buffer: it has {scheme.buffer_size} frames "
+                f"and dit.latent {frames}",
             )
 
     def to_json(self) -> str:
@@ -337,7 +346,8 @@ def _plain(value: Any) -> Any:
 def from_arguments(arguments: Sequence[str]) -> Config:
     """A Config from `--config=FILE.py` (or `FILE.py:argument`) and overrides such as `--config.dit.width=128`.
 
-    Raises ConfigError for a file that is missing or does not run, and for overrides of fields that the file does not have.
+    Raises ConfigError for a file that is missing or does not run, and for overrides of fields that the file does not
+    have.
     """
     from absl import flags
     from ml_collections import config_flags

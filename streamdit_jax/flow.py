@@ -6,7 +6,7 @@
     guidance   g = u(∅) + w·(u(P) − u(∅))
     Euler      X ← X + u ∘ Δτ                                                 (eq. 6)
 
-Latents are [batch, frames, height, width, channels]; levels are [batch, frames] or [frames]; t = 0 is noise, t = 1 is clean.
+Latents are [batch, frames, height, width, channels]; levels are [batch, frames] or [frames]; 0 is noise, 1 is clean.
 """
 
 import jax.numpy as jnp
@@ -36,15 +36,19 @@ def velocity_target(clean: Float[Array, "*b f h w c"], noise: Float[Array, "*b f
 def loss(
     predicted: Float[Array, "b f h w c"], target: Float[Array, "b f h w c"], scored: Bool[Array, "b f"]
 ) -> Float[Array, ""]:
-    """Mean squared velocity error over the scored frames of the batch (eq. 3); 0 where no frame is scored."""
-    per_frame = jnp.mean(jnp.square(predicted.astype(jnp.float32) - target.astype(jnp.float32)), axis=(2, 3, 4))
-    return jnp.sum(per_frame * scored) / jnp.maximum(jnp.sum(scored), 1)
+    """Mean squared velocity error over the scored frames of the batch (eq. 3); 0 where no frame is scored.
+
+    What is predicted for other frames, even NaN, reaches neither the loss nor its gradient.
+    """
+    error = predicted.astype(jnp.float32) - target.astype(jnp.float32)
+    per_frame = jnp.mean(jnp.square(jnp.where(_per_frame(scored), error, 0)), axis=(2, 3, 4))
+    return jnp.sum(per_frame) / jnp.maximum(jnp.sum(scored), 1)
 
 
 def guide(
     unconditional: Float[Array, "b f h w c"], conditional: Float[Array, "b f h w c"], guidance: Float[Array, "*#b"]
 ) -> Float[Array, "b f h w c"]:
-    """Classifier-free guidance: weight 0 ignores the prompt, 1 is the plain conditional velocity, more exaggerates it."""
+    """Classifier-free guidance: weight 0 ignores the prompt, 1 is the conditional velocity, more exaggerates it."""
     weight = jnp.reshape(jnp.asarray(guidance, unconditional.dtype), (-1, 1, 1, 1, 1))
     return unconditional + weight * (conditional - unconditional)
 

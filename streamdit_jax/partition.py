@@ -1,13 +1,15 @@
 """How a buffer of latent frames is split: schemes, levels, segments, mixtures (StreamDiT §3.2; eq. 7–9).
 
-A buffer holds B = K + N·c latent frames in display order: K clean reference frames, then N chunks of c frames. A chunk takes s micro
-steps before the buffer moves on by one chunk, so a frame is denoised in T = s·N steps from flow time 0 (noise) to 1 (clean).
+A buffer holds B = K + N·c latent frames in display order: K clean reference frames, then N chunks of c frames. A
+chunk takes s micro steps before the buffer moves on by one chunk, so a frame is denoised in T = s·N steps from flow
+time 0 (noise) to 1 (clean).
 
     grid             t_k = γ(k / T), k = 0..T, with γ(t) = t^p                                                   (eq. 9)
     at micro step m  chunk j sits at grid index k(j, m) = (N − 1 − j)·s + m; references sit at t = 1
     in training      chunk j draws u_j ~ U[(N − 1 − j)/N, (N − j)/N], and τ_j = γ(u_j) for all of its frames     (eq. 8)
 
-Chunk 0 is the oldest, the cleanest, and the first that is shown. Sampler and training read their levels from the same `PartitionScheme`.
+Chunk 0 is the oldest, the cleanest, and the first that is shown. Sampler and training read their levels from the same
+`PartitionScheme`.
 """
 
 import dataclasses
@@ -27,8 +29,9 @@ _SPELLING = re.compile(r"(?:K(\d+))?N(\d+)c(\d+)s(\d+)(?:p(\d+(?:\.\d+)?))?")
 class PartitionScheme:
     """One way to split and denoise a buffer (§3.2).
 
-    `num_references` K ≥ 0, `num_chunks` N ≥ 1, `chunk_size` c ≥ 1, `micro_steps` s ≥ 1, and the exponent `power` p > 0 of the schedule
-    γ(t) = t^p (1 is linear). Uniform noise, ordinary text-to-video, is N = 1 and c = B; diagonal denoising is c = 1, s = 1.
+    `num_references` K ≥ 0, `num_chunks` N ≥ 1, `chunk_size` c ≥ 1, `micro_steps` s ≥ 1, and the exponent `power` p >
+    0 of the schedule γ(t) = t^p (1 is linear). Uniform noise, ordinary text-to-video, is N = 1 and c = B; diagonal
+    denoising is c = 1, s = 1.
 
     Raises ValueError, naming the field, for anything else.
     """
@@ -89,10 +92,12 @@ class PartitionScheme:
         return self.grid()[index]
 
     def ramp_levels(self, present: int) -> Float[np.ndarray, "s+1 B"]:
-        """The levels of a stage of the triangular ramp-up, in which only the first `present` chunks exist (1 ≤ present ≤ N).
+        """The levels of a stage of the triangular ramp-up, in which only the first `present` chunks exist (1 ≤
+        present ≤ N).
 
-        The youngest of them starts from noise, so chunk j sits at grid index (present − 1 − j)·s + m. Absent chunks and references, whose
-        frames are masked, are reported at 0 and 1. With all N chunks present this is `step_levels`.
+        The youngest of them starts from noise, so chunk j sits at grid index (present − 1 − j)·s + m. Absent chunks
+        and references, whose frames are masked, are reported at 0 and 1. With all N chunks present this is
+        `step_levels`.
         """
         ids, steps = self.chunk_ids(), np.arange(self.micro_steps + 1)[:, None]
         index = np.where(ids < present, (present - 1 - ids) * self.micro_steps + steps, 0)
@@ -105,15 +110,18 @@ class PartitionScheme:
         return (np.where(ids < 0, 1.0, low_high) ** self.power).astype(np.float32)
 
     def uniform(self) -> "PartitionScheme":
-        """The ordinary text-to-video scheme over the same buffer and the same grid of T steps, with which a buffer is filled (§8)."""
+        """The ordinary text-to-video scheme over the same buffer and the same grid of T steps, with which a buffer is
+        filled (§8).
+        """
         return PartitionScheme(0, 1, self.buffer_size, self.total_steps, self.power)
 
 
 class Mixture(NamedTuple):
-    """M schemes over one buffer of B frames as arrays: data to a compiled step, so that a mixture costs one compilation (§3.2).
+    """M schemes over one buffer of B frames as arrays: data to a compiled step, so that a mixture costs one
+    compilation (§3.2).
 
-    Each of `first_low` (u of the segment's lower end), `width` (1/N; 0 for references) and `chunk` (the chunk's number, −1 for
-    references) is [M, B]; `num_chunks`, `power` and `probability` are [M].
+    Each of `first_low` (u of the segment's lower end), `width` (1/N; 0 for references) and `chunk` (the chunk's
+    number, −1 for references) is [M, B]; `num_chunks`, `power` and `probability` are [M].
     """
 
     first_low: Float[Array, "M B"]
@@ -137,8 +145,8 @@ def mixture(
 
     entries: (scheme, weight) pairs over one buffer size; weights need not sum to one.
     uniform_share: the share of draws that is plain text-to-video instead (N = 1, c = B).
-    shared_offset: the share of examples whose chunks share one offset within their segments, which is what inference visits;
-        the others draw an offset for each chunk (eq. 8).
+    shared_offset: the share of examples whose chunks share one offset within their segments, which is what inference
+        visits; the others draw an offset for each chunk (eq. 8).
     ramp: the share of examples in which only the first r ~ U{1..N} chunks exist, as in the triangular ramp-up.
 
     Raises ValueError for an empty mixture, unequal buffer sizes, negative weights, and shares outside [0, 1].
@@ -190,7 +198,8 @@ class TrainingLevels(NamedTuple):
 def draw_levels(key: Array, schemes: Mixture, batch_size: int, *, per_example: bool = True) -> TrainingLevels:
     """Draws a scheme of the mixture, for each example or once for the batch, and a level for each chunk (eq. 8, 9).
 
-    Every example owns its key, `fold_in(key, row)`, so a row's levels do not depend on how the batch is divided among devices.
+    Every example owns its key, `fold_in(key, row)`, so a row's levels do not depend on how the batch is divided among
+    devices.
     """
 
     def one(row):
@@ -207,7 +216,8 @@ def draw_levels(key: Array, schemes: Mixture, batch_size: int, *, per_example: b
         present_chunks = jax.random.randint(length_key, (), 1, count + 1)
         present_chunks = jnp.where(jax.random.uniform(ramp_key) < schemes.ramp, present_chunks, count)
         present = chunk < present_chunks
-        # While the buffer ramps up, its youngest chunk is the noisiest one: every level is lower by the chunks that are missing.
+        # While the buffer ramps up, its youngest chunk is the noisiest one: every level is lower by the chunks that
+        # are missing.
         missing = (count - present_chunks).astype(level.dtype) / count
         level = jnp.where(chunk < 0, 1.0, jnp.clip(level - missing, 0, 1))
         # References exist once something has been emitted, which a ramp-up has not.

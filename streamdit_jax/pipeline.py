@@ -1,7 +1,7 @@
 """Text encoder, DiT and TAE as one thing: load(...) → .stream(prompt) → frames (StreamDiT §8; fig. 11).
 
-A stream owns the moving buffer and the decoder's carried state, so that frames decoded chunk by chunk are those of the whole clip. Prompt,
-guidance, seed and the levels of a scheme are data to one compiled step.
+A stream owns the moving buffer and the decoder's carried state, so that frames decoded chunk by chunk are those of
+the whole clip. Prompt, guidance, seed and the levels of a scheme are data to one compiled step.
 """
 
 import functools
@@ -33,7 +33,9 @@ def bundled_models() -> list[str]:
 
 
 def find_model(name_or_directory: str | Path) -> Path:
-    """The directory of a bundled model, of a model, or of the run that wrote one. CheckpointError where there is none."""
+    """The directory of a bundled model, of a model, or of the run that wrote one. CheckpointError where there is
+    none.
+    """
     bundled = BUNDLED / str(name_or_directory)
     if str(name_or_directory) in bundled_models():
         return bundled
@@ -42,15 +44,16 @@ def find_model(name_or_directory: str | Path) -> Path:
         if (candidate / weights.MODEL_FILE).exists():
             return candidate
     raise CheckpointError(
-        f"{name_or_directory}: no model of that name ships with the package ({', '.join(bundled_models()) or 'none does'}), "
-        f"and no {weights.MODEL_FILE} lies in a directory of that name"
+        f"{name_or_directory}: no model of that name ships with the package "
+        f"({', '.join(bundled_models()) or 'none does'}), and no {weights.MODEL_FILE} lies in a directory of that name"
     )
 
 
 def load(name_or_directory: str | Path) -> "Pipeline":
     """A bundled model by name, or the directory that `streamdit train` or `convert` wrote.
 
-    Raises CheckpointError where it is missing, foreign, truncated or altered; ConfigError where its configuration is impossible.
+    Raises CheckpointError where it is missing, foreign, truncated or altered; ConfigError where its configuration is
+    impossible.
     """
     directory = find_model(name_or_directory)
     card = weights.load_card(directory)
@@ -85,7 +88,9 @@ class Pipeline:
     """A model ready to stream. Compiled functions are shared by all of its streams."""
 
     def __init__(self, config: Config, params: dict[str, Any], fingerprint: str = "unsaved"):
-        """params: {"tae", "text", "dit"} as `initialise` gives them. fingerprint: tells snapshots of different weights apart."""
+        """params: {"tae", "text", "dit"} as `initialise` gives them. fingerprint: tells snapshots of different
+        weights apart.
+        """
         self.config, self.fingerprint = config, fingerprint
         dtype = config.dit.compute_dtype
         self._tae_params, self._text_params = jax.tree.map(
@@ -127,8 +132,8 @@ class Pipeline:
     ) -> "Stream":
         """An endless video: an iterator of uint8 [frames, height, width, 3].
 
-        scheme, guidance and filling are the model's own unless given. Raises ConfigError for a scheme that does not tile the buffer or an
-        unknown filling, and StreamDiTError for a prompt that is too long.
+        scheme, guidance and filling are the model's own unless given. Raises ConfigError for a scheme that does not
+        tile the buffer or an unknown filling, and StreamDiTError for a prompt that is too long.
         """
         sampling = self.config.sampling
         scheme, filling = self.scheme(scheme), filling or sampling.filling
@@ -144,7 +149,9 @@ class Pipeline:
         return Stream(self, prompt, scheme, guidance, filling, state, decoder=None, row=0)
 
     def resume(self, snapshot: "Snapshot | str | Path") -> "Stream":
-        """Continues a stream where `Stream.snapshot` left it, bit for bit. CheckpointError for another model's or a damaged snapshot."""
+        """Continues a stream where `Stream.snapshot` left it, bit for bit. CheckpointError for another model's or a
+        damaged snapshot.
+        """
         snapshot = snapshot if isinstance(snapshot, Snapshot) else Snapshot.load(snapshot)
         if snapshot.facts["fingerprint"] != self.fingerprint:
             raise CheckpointError("snapshot: was made by a model with other weights; load that model to resume it")
@@ -185,9 +192,12 @@ class Pipeline:
         return self._encode_video(self._tae_params, video)
 
     def decode(self, latents: jax.Array, state: Any) -> tuple[jax.Array, Any]:
-        """Latents [b, f, h, w, C] → uint8 frames [b, F, H, W, 3] and the decoder's state to carry on; None starts a video."""
+        """Latents [b, f, h, w, C] → uint8 frames [b, F, H, W, 3] and the decoder's state to carry on; None starts a
+        video.
+        """
         if state is None:
-            state = initial_decoder_state(self.config.tae, len(latents), self.config.data.height, self.config.data.width)
+            data = self.config.data
+            state = initial_decoder_state(self.config.tae, len(latents), data.height, data.width)
         return self._decode(self._tae_params, latents, state)
 
     def step(self, scheme: PartitionScheme, masked: bool):
@@ -222,7 +232,9 @@ class Stream(Iterator[np.ndarray]):
 
     @property
     def prompt(self) -> str:
-        """What the video shows. Setting it runs the text encoder; StreamDiTError for a prompt that is too long changes nothing."""
+        """What the video shows. Setting it runs the text encoder; StreamDiTError for a prompt that is too long
+        changes nothing.
+        """
         return self._prompt
 
     @prompt.setter

@@ -19,7 +19,9 @@ FACTS = {"fingerprint", "prompt", "guidance", "scheme", "filling", "row", "decod
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """facts: scheme, prompt, guidance, filling, row, and the model's fingerprint; arrays: the buffer and the decoder's carried state."""
+    """facts: scheme, prompt, guidance, filling, row, and the model's fingerprint; arrays: the buffer and the
+    decoder's carried state.
+    """
 
     facts: dict[str, Any]
     arrays: dict[str, np.ndarray]
@@ -40,7 +42,9 @@ class Snapshot:
 
     @classmethod
     def load(cls, path: str | Path) -> "Snapshot":
-        """Reads a file that `save` wrote. CheckpointError, naming it, where it is missing, foreign, truncated or altered."""
+        """Reads a file that `save` wrote. CheckpointError, naming it, where it is missing, foreign, truncated or
+        altered.
+        """
         if not Path(path).is_file():
             raise CheckpointError(f"{path}: no such snapshot")
         try:

@@ -1,16 +1,19 @@
-"""Streaming inference: a buffer that denoises as a whole, emits at its front and takes in noise at its tail (StreamDiT §3.1, §8; fig. 11–13).
+"""Streaming inference: a buffer that denoises as a whole, emits at its front and takes in noise at its tail
+(StreamDiT §3.1, §8; fig. 11–13).
 
 A stream is a pure state and rows of levels that are applied to it, one forward each:
 
-    denoise   X ← X + u(X, P, τ) ∘ Δτ over the whole buffer                                                            (eq. 6)
+    denoise   X ← X + u(X, P, τ) ∘ Δτ over the whole buffer                                             (eq. 6)
     advance   after the last micro step: emit chunk 0; references ← last K of (references ∪ emitted);
               every chunk moves one place towards the front; fresh noise enters at the tail
 
-Filling (fig. 13) is rows too, so that it runs through the same compiled step: `uniform` denoises all B frames together and keeps, for each
-place of the buffer, the snapshot at that place's level; `ramp` starts from one noise chunk and lets the others enter one by one.
+Filling (fig. 13) is rows too, so that it runs through the same compiled step: `uniform` denoises all B frames
+together and keeps, for each place of the buffer, the snapshot at that place's level; `ramp` starts from one noise
+chunk and lets the others enter one by one.
 
-The noise of chunk i is drawn from fold_in(key, i): a stream is the same however it is cut, resumed or batched. A model is known here only
-as `velocity(latents, text, levels)`, with the mask of existing frames as a fourth argument while a buffer ramps up.
+The noise of chunk i is drawn from fold_in(key, i): a stream is the same however it is cut, resumed or batched. A
+model is known here only as `velocity(latents, text, levels)`, with the mask of existing frames as a fourth argument
+while a buffer ramps up.
 """
 
 from collections.abc import Callable
@@ -31,8 +34,10 @@ REFERENCE_NOISE = np.uint32(0xFFFFFFFF)  # the "chunk" whose noise fills the pla
 class StreamState(NamedTuple):
     """What a stream is between two forwards.
 
-    buffer: latents [batch, B, height, width, channels], float32. queue: the places that filling has finished, same shape.
-    present: [batch, B], False for frames that do not exist yet. keys: one key per stream. next_chunk: number of the chunk that enters next.
+    buffer: latents [batch, B, height, width, channels], float32. queue: the places that filling has finished, same
+        shape.
+    present: [batch, B], False for frames that do not exist yet. keys: one key per stream. next_chunk: number of the
+        chunk that enters next.
     """
 
     buffer: Float[Array, "b f h w c"]
@@ -45,8 +50,8 @@ class StreamState(NamedTuple):
 class Condition(NamedTuple):
     """What steers a forward; all of it is data, so that changing it never recompiles.
 
-    text, null_text: the prompt's and the empty prompt's encoding, pytrees with a leading batch axis. guidance: [batch]; 1 is unguided,
-    and if every stream is, the forward for the empty prompt is not run.
+    text, null_text: the prompt's and the empty prompt's encoding, pytrees with a leading batch axis. guidance:
+        [batch]; 1 is unguided, and if every stream is, the forward for the empty prompt is not run.
     """
 
     text: Any
@@ -57,8 +62,9 @@ class Condition(NamedTuple):
 class Row(NamedTuple):
     """One forward. Stacked along a leading axis, rows are a program for a scan.
 
-    levels: [2, B], each frame's flow time before and after. enter: [B], frames that exist from here on. keep: [B], frames whose value
-    after the step goes to the queue. adopt: the queue becomes the buffer. advance: the step ends with emission, shift and refill.
+    levels: [2, B], each frame's flow time before and after. enter: [B], frames that exist from here on. keep: [B],
+        frames whose value after the step goes to the queue. adopt: the queue becomes the buffer. advance: the step
+        ends with emission, shift and refill.
     """
 
     levels: Float[np.ndarray, "*n 2 f"]
@@ -74,7 +80,9 @@ def row_at(rows: Row, index: int) -> Row:
 
 
 def streaming_rows(scheme: PartitionScheme) -> Row:
-    """The s rows that carry every chunk one place forward (§3.1). The chunk at the tail exists from here on, if it did not before."""
+    """The s rows that carry every chunk one place forward (§3.1). The chunk at the tail exists from here on, if it
+    did not before.
+    """
     steps = scheme.step_levels()
     shape = (scheme.micro_steps, scheme.buffer_size)
     return Row(
@@ -174,8 +182,8 @@ def step(
 ) -> tuple[StreamState, Float[Array, "b c h w channels"]]:
     """One forward: denoise by `row`, then keep, adopt, or emit, shift and refill (§3.1, eq. 6).
 
-    Of `scheme` only K, N and c are read; levels come from `row`, so schedules and micro steps are data. masked: give the model the mask of
-    existing frames; needed until a ramp-up, references included, is complete.
+    Of `scheme` only K, N and c are read; levels come from `row`, so schedules and micro steps are data. masked: give
+    the model the mask of existing frames; needed until a ramp-up, references included, is complete.
 
     Returns the state, and the frames [batch, c, …] at the place of chunk 0, which are clean when `row.advance`.
     """
@@ -214,7 +222,8 @@ def sample(
 ) -> Float[Array, "b frames h w c"]:
     """Offline sampling: filling and `num_chunks` emissions as one `lax.scan`, so that it compiles one forward (§3.1).
 
-    Returns clean latents [batch, K + num_chunks·c, height, width, channels]; the K come from a uniform filling, and a ramp-up has none.
+    Returns clean latents [batch, K + num_chunks·c, height, width, channels]; the K come from a uniform filling, and a
+    ramp-up has none.
     """
     K, c = scheme.num_references, scheme.chunk_size
     fill = filling_rows(scheme, filling)

@@ -1,8 +1,11 @@
-"""A model on disk: a directory with `model.json` and one safetensors file per part (tae, text, dit). Nothing is unpickled.
+"""A model on disk: a directory with `model.json` and one safetensors file per part (tae, text, dit). Nothing is
+unpickled.
 
-    model.json   {"format": 1, "config": {…}, "parts": {"dit": {"file", "sha256", "parameters"}}, "card": {how it was made}}
+    model.json   {"format": 1, "config": {…}, "parts": {"dit": {"file", "sha256", "parameters"}}, "card": {how it was
+    made}}
 
-Every file is written under a temporary name and renamed, `model.json` last, so that an interrupted save leaves the former model whole.
+Every file is written under a temporary name and renamed, `model.json` last, so that an interrupted save leaves the
+former model whole.
 """
 
 import hashlib
@@ -48,8 +51,9 @@ def save_model(
 ) -> None:
     """Writes a model directory.
 
-    parts: name → nested dict of arrays. dtype: floating-point leaves are stored so ("bfloat16" halves the size). card: command, steps,
-    hardware, metrics, seed. Raises CheckpointError, naming the file, where it cannot be written; an older model there stays as it was.
+    parts: name → nested dict of arrays. dtype: floating-point leaves are stored so ("bfloat16" halves the size).
+        card: command, steps, hardware, metrics, seed. Raises CheckpointError, naming the file, where it cannot be
+        written; an older model there stays as it was.
     """
     directory = Path(directory)
     try:
@@ -77,7 +81,9 @@ def save_model(
 
 
 def load_card(directory: str | Path) -> dict[str, Any]:
-    """`model.json` of a model directory. Raises CheckpointError where there is none, or it is no model of this format."""
+    """`model.json` of a model directory. Raises CheckpointError where there is none, or it is no model of this
+    format.
+    """
     path = Path(directory) / MODEL_FILE
     try:
         described = json.loads(path.read_text(encoding="utf-8"))

@@ -14,7 +14,6 @@ from streamdit_jax.models.text import TextConfig
 from streamdit_jax.pipeline import initialise
 
 
-
 def tiny_config() -> Config:
     """8 frames of 4×4 latents of 4 channels: 32 video frames of 16×16."""
     return Config(
@@ -22,7 +21,9 @@ def tiny_config() -> Config:
         seed=0,
         data=DataConfig(height=16, width=16, clip_frames=40, num_clips=4),
         tae=TAEConfig(latent_channels=4, factors=((2, 2, 2), (2, 2, 2)), widths=(8, 8), blocks=(1, 1)),
-        text=(TextConfig(vocab_size=384, width=16, num_layers=1, num_heads=2, head_dim=8, ffn_width=16, max_tokens=64),),
+        text=(
+            TextConfig(vocab_size=384, width=16, num_layers=1, num_heads=2, head_dim=8, ffn_width=16, max_tokens=64),
+        ),
         dit=DiTConfig(
             latent=(8, 4, 4, 4),
             patch=(1, 2, 2),
@@ -56,5 +57,3 @@ def tiny_model(tiny_params, tmp_path_factory):
     directory = tmp_path_factory.mktemp("tiny") / "model"
     weights.save_model(directory, json.loads(tiny_config().to_json()), tiny_params, {"command": "tests"})
     return directory
-
-

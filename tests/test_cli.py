@@ -65,7 +65,9 @@ def test_mistakes_are_one_line(capsys, tiny_model, tmp_path, monkeypatch, argume
 
 @pytest.mark.parametrize("prompt", ["", "x", "🚗 in the ❄️", "x" * 10_000])
 def test_prompts_of_any_length(capsys, tiny_model, tmp_path, prompt):
-    code, _, error = run(capsys, "stream", prompt, "--model", tiny_model, "--seconds", 0.5, "--out", tmp_path / "o.mp4", "--quiet")
+    code, _, error = run(
+        capsys, "stream", prompt, "--model", tiny_model, "--seconds", 0.5, "--out", tmp_path / "o.mp4", "--quiet"
+    )
     if len(prompt) < 100:
         assert code == 0 and (tmp_path / "o.mp4").exists()
     else:
@@ -108,3 +110,20 @@ def test_encode_writes_latents_of_video_files(capsys, tiny_model, tmp_path):
     (folder / "captions.jsonl").write_text('{"file": "a.mp4", "caption": "noise"}\n{"file": "b.mp4", "caption": "?"}\n')
     code, _, error = run(capsys, "encode", folder, tmp_path / "others", "--model", tiny_model)
     assert code == 2 and "b.mp4" in error and not (tmp_path / "others").exists()
+
+
+def test_export_copies_a_model_in_half_the_bytes(capsys, tiny_model, tmp_path):
+    report = tmp_path / "streams.json"
+    report.write_text('{"mean": 0.5}')
+    out = tmp_path / "half"
+    code, said, _ = run(capsys, "export", tiny_model, out, "--report", report)
+    assert code == 0 and "bfloat16" in said
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors")) for folder in (tiny_model, out)]
+    assert sizes[1] < 0.7 * sizes[0]
+    card = json.loads((out / "model.json").read_text())["card"]
+    assert card["metrics"] == {"streams": {"mean": 0.5}} and card["command"] == "tests"
+    assert (
+        run(capsys, "stream", "a car", "--model", out, "--seconds", 0.5, "--out", tmp_path / "o.mp4", "--quiet")[0] == 0
+    )
+    code, _, error = run(capsys, "export", tiny_model, out, "--report", tmp_path / "none.json")
+    assert code == 2 and "none.json" in error

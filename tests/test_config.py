@@ -9,7 +9,7 @@ import jax
 import pytest
 
 from streamdit_jax import config as configuration
-from streamdit_jax.config import Config, from_arguments, from_mapping
+from streamdit_jax.config import from_arguments, from_mapping
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.dit import parameter_count
 from streamdit_jax.pipeline import initialise

@@ -64,7 +64,7 @@ def test_no_circles():
     done, path = set(), []
 
     def visit(name):
-        assert name not in path, f"circle: {' → '.join([*path[path.index(name):], name])}"
+        assert name not in path, f"circle: {' → '.join([*path[path.index(name) :], name])}"
         if name in done:
             return
         path.append(name)
@@ -98,7 +98,8 @@ def test_importing_and_streaming_load_no_training_libraries(tiny_model):
         "import sys, streamdit_jax as sd\n"
         "import streamdit_jax.cli\n"
         f"next(sd.load({str(tiny_model)!r}).stream('a red car'))\n"
-        "print([m for m in ('grain', 'tensorflow_datasets', 'torch', 'tensorflow', 'orbax', 'optax') if m in sys.modules])"
+        "heavy = ('grain', 'tensorflow_datasets', 'torch', 'tensorflow', 'orbax', 'optax')\n"
+        "print([name for name in heavy if name in sys.modules])"
     )
     assert loaded == "[]"
 

@@ -64,7 +64,7 @@ def test_bad_spellings_raise(spelling):
     "fields", [(-1, 8, 2, 1), (0, 0, 2, 1), (0, 8, 0, 1), (0, 8, 2, 0), (0, 8, 2, 1.5), (0, 8, 2, True)]
 )
 def test_impossible_schemes_name_the_field(fields):
-    with pytest.raises(ValueError, match="num_references|num_chunks|chunk_size|micro_steps"):
+    with pytest.raises(ValueError, match=r"num_references|num_chunks|chunk_size|micro_steps"):
         PartitionScheme(*fields)
 
 

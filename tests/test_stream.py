@@ -1,4 +1,6 @@
-"""The moving buffer: emission, shift, refill, filling; against closed forms and simple bookkeeping (StreamDiT §3.1, §8)."""
+"""The moving buffer: emission, shift, refill, filling; against closed forms and simple bookkeeping (StreamDiT §3.1,
+§8).
+"""
 
 import functools
 
@@ -22,7 +24,9 @@ def condition(guidance=1.0, batch=1):
 
 
 def towards(target):
-    """The velocity of the straight path from the present point to `target`: exact flow matching for a single data point."""
+    """The velocity of the straight path from the present point to `target`: exact flow matching for a single data
+    point.
+    """
 
     def velocity(latents, text, levels, present=None):
         remaining = jnp.maximum(1 - levels, 1e-3)[..., None, None, None]

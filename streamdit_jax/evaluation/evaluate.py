@@ -1,4 +1,5 @@
-"""What a roadtrip model is worth, in numbers: the autoencoder's fidelity, and what the probe sees in streams of held-out prompts.
+"""What a roadtrip model is worth, in numbers: the autoencoder's fidelity, and what the probe sees in streams of
+held-out prompts.
 
 `streamdit evaluate autoencoder` and `streamdit evaluate streams` print one of these reports.
 """
@@ -34,7 +35,9 @@ def run(
     seed: int = 0,
     sheet: str | None = None,
 ) -> dict[str, Any]:
-    """One report as a JSON-able dict. what: "autoencoder" | "streams". Raises ConfigError, CheckpointError for what it is given."""
+    """One report as a JSON-able dict. what: "autoencoder" | "streams". Raises ConfigError, CheckpointError for what
+    it is given.
+    """
     if prompts < 1:
         raise ConfigError(f"--prompts: at least 1, not {prompts}")
     pipeline = load(model)
@@ -101,8 +104,9 @@ def stream_accuracy(
 ) -> dict[str, Any]:
     """The share of held-out prompts whose factors the probe reads in the last two seconds of a stream of `seconds`.
 
-    Prompts name every factor. `mean` is over the factors of `JUDGED`; `chance` is what guessing would reach. `motion` is the mean absolute
-    difference of neighbouring frames, in grey levels, beside that of real renders: a frozen stream has none.
+    Prompts name every factor. `mean` is over the factors of `JUDGED`; `chance` is what guessing would reach. `motion`
+    is the mean absolute difference of neighbouring frames, in grey levels, beside that of real renders: a frozen
+    stream has none.
     """
     params = probes.load_probe()
     judged = int(JUDGED_SECONDS * pipeline.frame_rate)

@@ -1,7 +1,8 @@
 """Where tokens lie and which of them share a window: the geometry of windowed attention (StreamDiT §4.1).
 
-A grid of (F, H, W) tokens is cut into blocks; the tokens of a block are contiguous from patchify to unpatchify, and blocks are ordered by
-window. Unshifted windows are then a reshape, and shifted windows a permutation of whole blocks: no roll, no copy of partitions.
+A grid of (F, H, W) tokens is cut into blocks; the tokens of a block are contiguous from patchify to unpatchify, and
+blocks are ordered by window. Unshifted windows are then a reshape, and shifted windows a permutation of whole blocks:
+no roll, no copy of partitions.
 
     token order: [windows (nf, nh, nw), parts of a window (pf, ph, pw), tokens of a block (bf, bh, bw)]
 """
@@ -64,7 +65,9 @@ class TokenOrder:
         return rearrange(x, pattern, **self._sizes(), **counts)
 
     def split_frames(self, x: Float[Array, "b tokens d"]) -> Float[Array, "b nf s pf s bf s d"]:
-        """Tokens with the three factors of their frame index as axes of their own, so that a value per frame broadcasts."""
+        """Tokens with the three factors of their frame index as axes of their own, so that a value per frame
+        broadcasts.
+        """
         windows = self.grid[1] // self.window[1] * (self.grid[2] // self.window[2])
         sizes = self._sizes()
         return rearrange(
@@ -94,8 +97,9 @@ class Windows:
     """The windows of one attention layer over tokens in `order` (§4.1).
 
     window: tokens per axis. shift: how far the windows are moved towards higher indices, per axis, in tokens; cyclic.
-    wrap: per axis, whether a window that reaches past the end attends to both of its parts as one. Without wrapping its two parts are
-    windows of their own, so that along time the cleanest and the noisiest frames of a buffer never meet (4 | 8 | 4 for 8 of 16).
+    wrap: per axis, whether a window that reaches past the end attends to both of its parts as one. Without wrapping
+        its two parts are windows of their own, so that along time the cleanest and the noisiest frames of a buffer
+        never meet (4 | 8 | 4 for 8 of 16).
 
     Raises ValueError where the window does not divide the grid, or blocks neither window nor shift.
     """
@@ -114,7 +118,9 @@ class Windows:
                 )
 
     def window_and_region(self, coordinates: Int[np.ndarray, "n 3"]) -> tuple[np.ndarray, np.ndarray]:
-        """For token coordinates [n, 3]: the window each lies in, and the part of it that it may attend to; both [n, 3], per axis."""
+        """For token coordinates [n, 3]: the window each lies in, and the part of it that it may attend to; both [n,
+        3], per axis.
+        """
         moved = coordinates - np.array(self.shift)
         window = moved % np.array(self.order.grid) // np.array(self.window)
         region = np.where(self.wrap, window, moved // np.array(self.window))
@@ -126,7 +132,9 @@ class Windows:
 
     @functools.cached_property
     def blocks(self) -> Int[np.ndarray, "windows blocks_per_window"]:
-        """The blocks of every window; for windows that are neither shifted nor unlike the order's own, simply 0, 1, 2, …"""
+        """The blocks of every window; for windows that are neither shifted nor unlike the order's own, simply 0, 1,
+        2, …
+        """
         window, _ = self.window_and_region(self._block_coordinates)
         inside = (self._block_coordinates - np.array(self.shift)) % np.array(self.order.grid) % np.array(self.window)
         keys = np.concatenate([window, inside], axis=1)

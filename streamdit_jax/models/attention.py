@@ -1,4 +1,6 @@
-"""The transformer's two attentions: windowed self-attention over video tokens, and cross-attention to text (StreamDiT §4.1)."""
+"""The transformer's two attentions: windowed self-attention over video tokens, and cross-attention to text (StreamDiT
+§4.1).
+"""
 
 import flax.linen as nn
 import jax
@@ -55,7 +57,9 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Video tokens attend to text tokens; padding is masked. Adds nothing until it is trained (zero output projection)."""
+    """Video tokens attend to text tokens; padding is masked. Adds nothing until it is trained (zero output
+    projection).
+    """
 
     num_heads: int
     qk_norm: str

@@ -1,11 +1,12 @@
-"""The diffusion transformer: one module; StreamDiT-4B, roadtrip and Wan 2.1 are configurations of it (StreamDiT §4.1, fig. 3).
+"""The diffusion transformer: one module; StreamDiT-4B, roadtrip and Wan 2.1 are configurations of it (StreamDiT §4.1,
+fig. 3).
 
-Order in a block: windowed self-attention → cross-attention to text → feed-forward. Scale and shift before, and a gate after,
-self-attention and feed-forward come from the time embedding, of which there is one per latent frame, because each frame of the buffer
-has a flow time of its own.
+Order in a block: windowed self-attention → cross-attention to text → feed-forward. Scale and shift before, and a gate
+after, self-attention and feed-forward come from the time embedding, of which there is one per latent frame, because
+each frame of the buffer has a flow time of its own.
 
-The layers' parameters are stacked along a leading axis under "blocks". Stacked, the layers run as a scan with rematerialisation, for
-training; as a tuple of layers (`unstack`), they run unrolled, for inference.
+The layers' parameters are stacked along a leading axis under "blocks". Stacked, the layers run as a scan with
+rematerialisation, for training; as a tuple of layers (`unstack`), they run unrolled, for inference.
 """
 
 import dataclasses
@@ -31,14 +32,19 @@ Text = tuple[tuple[Float[Array, "b s width"], Bool[Array, "b s"]], ...]
 
 @dataclasses.dataclass(frozen=True)
 class DiTConfig:
-    """Shapes and choices of the transformer. Raises ValueError, beginning with the field's name, for what cannot be built.
+    """Shapes and choices of the transformer. Raises ValueError, beginning with the field's name, for what cannot be
+    built.
 
-    latent: (frames, height, width, channels) of the buffer. patch: tokens per latent, (1, ph, pw): every frame has a level of its own.
-    windows, shifted: per layer, repeated as patterns over the layers; a shifted layer moves its windows by half a window per axis.
+    latent: (frames, height, width, channels) of the buffer. patch: tokens per latent, (1, ph, pw): every frame has a
+        level of its own.
+    windows, shifted: per layer, repeated as patterns over the layers; a shifted layer moves its windows by half a
+        window per axis.
     wrap: per axis, whether shifted windows wrap around (see `kernels.windows.Windows`).
-    qk_norm: none | head | width. position: learned | rope. adaln: single | per_block. norm: layer | rms, without affine.
+    qk_norm: none | head | width. position: learned | rope. adaln: single | per_block. norm: layer | rms, without
+        affine.
     ffn: gelu | swiglu. text_projection: linear_norm | mlp. remat: none | dots | full, for the scanned layers.
-    dtype: auto (bfloat16 on accelerators, float32 on CPUs) | float32 | bfloat16: the type of the arithmetic, not of the parameters.
+    dtype: auto (bfloat16 on accelerators, float32 on CPUs) | float32 | bfloat16: the type of the arithmetic, not of
+        the parameters.
     """
 
     latent: tuple[int, int, int, int]
@@ -163,7 +169,8 @@ class FeedForward(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Scale, shift and gate of every frame: the shared time projection plus a learned table, or a projection of one's own.
+    """Scale, shift and gate of every frame: the shared time projection plus a learned table, or a projection of one's
+    own.
 
     A fresh model's values are all zero: gates are closed and a block is the identity.
     """
@@ -193,7 +200,9 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, time, shared, text, text_mask, key_mask):
-        """x: [batch, tokens, width] in token order; time [batch, frames, width]; shared [batch, frames, 6, width] or None."""
+        """x: [batch, tokens, width] in token order; time [batch, frames, width]; shared [batch, frames, 6, width] or
+        None.
+        """
         config, order, dtype = self.config, self.windows.order, self.config.compute_dtype
 
         def per_frame(function, x, *values):
@@ -241,7 +250,8 @@ class DiT(nn.Module):
         """Velocity of every latent frame, float32, in the shape of `latents`.
 
         latents: [batch, frames, height, width, channels]. levels: flow time of each frame, [batch, frames]; 1 = clean.
-        text: per encoder its sequence and mask. frame_mask: False for frames that do not exist; no token attends to them.
+        text: per encoder its sequence and mask. frame_mask: False for frames that do not exist; no token attends to
+            them.
 
         Raises ValueError for latents of another shape than the configuration's.
         """

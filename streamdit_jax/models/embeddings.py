@@ -35,7 +35,9 @@ class TimeEmbedding(nn.Module):
 
 
 class TextProjection(nn.Module):
-    """One text encoder's sequence to the model's width: Linear → LayerNorm (Movie Gen), or Linear → GELU → Linear (Wan 2.1)."""
+    """One text encoder's sequence to the model's width: Linear → LayerNorm (Movie Gen), or Linear → GELU → Linear
+    (Wan 2.1).
+    """
 
     width: int
     kind: str
@@ -70,7 +72,8 @@ class FactorisedPosition(nn.Module):
 def rotary_angles(order: TokenOrder, head_dim: int, theta: float = 10_000.0) -> Float[np.ndarray, "tokens half"]:
     """Angles of 3-D rotary embedding: a head's pairs are divided among time, height and width as in Wan 2.1.
 
-    Of the head_dim/2 pairs, height and width take head_dim // 6 each and time the rest. float32, [tokens, head_dim / 2], token order.
+    Of the head_dim/2 pairs, height and width take head_dim // 6 each and time the rest. float32, [tokens, head_dim /
+    2], token order.
     """
     side = 2 * (head_dim // 6)
     angles = []

@@ -1,7 +1,9 @@
-"""The flow-matching objective: one velocity model for every partition scheme of a mixture (StreamDiT §3.1, §3.2; eq. 1–3, 7–9).
+"""The flow-matching objective: one velocity model for every partition scheme of a mixture (StreamDiT §3.1, §3.2; eq.
+1–3, 7–9).
 
-A step draws, for each example or for the batch, a scheme and a level for each chunk, noises the clip to these levels, and scores the
-predicted velocity on all frames but references. Text encoders are trained along; a dropped caption is the empty prompt.
+A step draws, for each example or for the batch, a scheme and a level for each chunk, noises the clip to these levels,
+and scores the predicted velocity on all frames but references. Text encoders are trained along; a dropped caption is
+the empty prompt.
 """
 
 import jax
@@ -32,10 +34,11 @@ def max_tokens(configs: tuple[TextConfig, ...]) -> int:
 
 
 def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=None) -> Objective:
-    """The objective of text encoders and DiT on {"latents" or "video", "tokens", "text_mask"}; params {"text": {"0": …}, "dit": …}.
+    """The objective of text encoders and DiT on {"latents" or "video", "tokens", "text_mask"}; params {"text": {"0":
+    …}, "dit": …}.
 
-    tae_params: the frozen autoencoder, needed where batches hold pixels. Metrics: `velocity_loss` by quarter of the flow time, and
-    `scored_share` of the frames.
+    tae_params: the frozen autoencoder, needed where batches hold pixels. Metrics: `velocity_loss` by quarter of the
+        flow time, and `scored_share` of the frames.
     """
     dit = DiT(config.dit)
     empty_tokens, empty_mask = tokenize("", max_tokens(config.text))
@@ -75,7 +78,8 @@ def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=N
         noised = flow.interpolate(latents, noise, drawn.levels)
         target = flow.velocity_target(latents, noise)
         present = drawn.present if objective.mixture.ramp else None
-        predicted = dit.apply({"params": params["dit"]}, noised, drawn.levels, text_of(params["text"], tokens, mask), present)
+        text = text_of(params["text"], tokens, mask)
+        predicted = dit.apply({"params": params["dit"]}, noised, drawn.levels, text, present)
         value = flow.loss(predicted, target, drawn.scored)
         quarters = {}
         for quarter in range(4):

@@ -1,11 +1,13 @@
-"""A configuration's stages, one after another, through the one loop: data → autoencoder → latents → text encoder + DiT → a model on disk.
+"""A configuration's stages, one after another, through the one loop: data → autoencoder → latents → text encoder +
+DiT → a model on disk.
 
     WORKDIR/data/…            the rendered roadtrip, or ingested video, if the configuration's source is one of these
     WORKDIR/latents           clips as latents, made once, by the finished autoencoder
     WORKDIR/<stage>/…         checkpoints, metrics.jsonl, TensorBoard events, samples
     WORKDIR/model             model.json and weights; `streamdit stream --model=WORKDIR` loads it
 
-Each step looks for what it would make and goes on from there, so that a run that was stopped is continued by the same command.
+Each step looks for what it would make and goes on from there, so that a run that was stopped is continued by the same
+command.
 """
 
 import dataclasses
@@ -85,8 +87,8 @@ def encode_records(config: Config, tae_params: Any, source: records.Records, out
 def train(config: Config, workdir: str | Path, command: str = "", log=print) -> Path:
     """Runs the configuration's stages and returns the directory of the finished model.
 
-    Raises ConfigError before any device work for stages that the data cannot feed, DataError for the data, CheckpointError for checkpoints
-    that do not fit or are damaged.
+    Raises ConfigError before any device work for stages that the data cannot feed, DataError for the data,
+    CheckpointError for checkpoints that do not fit or are damaged.
     """
     workdir, stages = Path(workdir), config.training
     if stages.autoencoder is None and stages.flow_matching is None:
@@ -102,7 +104,9 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
     if stages.autoencoder is not None and "autoencoder" not in card["stages"]:
         if source.kind != "pixels":
             raise ConfigError(f"training.autoencoder: needs pixels, but {config.data.source} holds {source.kind}")
-        objective = _from_many_clips(autoencoder(config.tae, stages.autoencoder.objective), config, source)
+        objective = _from_many_clips(
+            autoencoder(config.tae, stages.autoencoder.objective, config.dit.compute_dtype), config, source
+        )
         state, facts = _run(config, "autoencoder", stages.autoencoder, objective, source, workdir, mesh, None, log)
         tae = jax.tree.map(np.asarray, state.ema_params["tae"])
         videos = (source[int(index)]["video"][None] for index in _spread(len(source), STATISTICS_CLIPS))
@@ -115,7 +119,8 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
         if source.kind == "pixels":
             if "tae" not in parts:
                 raise ConfigError(
-                    f"training.autoencoder: missing, and {model} holds no trained autoencoder to encode {config.data.source} with"
+                    f"training.autoencoder: missing, and {model} holds no trained autoencoder "
+                    f"to encode {config.data.source} with"
                 )
             log("encoding clips to latents")
             latents = encode_records(config, parts["tae"], source, workdir / "latents")
@@ -137,7 +142,9 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
 
 
 def _from_many_clips(objective: Objective, config: Config, source: records.Records) -> Objective:
-    """The objective, initialised from a little of many clips: principal components of one batch would be those of a few scenes."""
+    """The objective, initialised from a little of many clips: principal components of one batch would be those of a
+    few scenes.
+    """
     frames = min(config.tae.compression[0], source.shape[0])
     videos = np.stack([source[int(index)]["video"][:frames] for index in _spread(len(source), INITIAL_CLIPS)])
     return dataclasses.replace(objective, first_batch={"video": videos})

@@ -37,9 +37,10 @@ def window_attention(
     """Softmax attention in which every token sees the tokens of its window, scaled by 1/√dim.
 
     query, key, value: [batch, tokens, heads, head_dim], tokens in the order of `windows.order`.
-    key_mask: [batch, tokens], False for tokens that no one may attend to; a token that sees none has an unspecified, finite result.
-    backend: a name in `BACKENDS`; by default those of the platform are tried in order, and the first that does not raise
-        NotImplementedError serves. The choice is logged once.
+    key_mask: [batch, tokens], False for tokens that no one may attend to; a token that sees none has an unspecified,
+        finite result.
+    backend: a name in `BACKENDS`; by default those of the platform are tried in order, and the first that does not
+        raise NotImplementedError serves. The choice is logged once.
 
     Raises ValueError for an unknown backend, NotImplementedError if none takes the case.
     """

@@ -1,4 +1,6 @@
-"""The plain definition of windowed attention: full scores in float32, and a mask from token coordinates. The specification."""
+"""The plain definition of windowed attention: full scores in float32, and a mask from token coordinates. The
+specification.
+"""
 
 import math
 

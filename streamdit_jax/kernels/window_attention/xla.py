@@ -1,4 +1,6 @@
-"""Windowed attention by XLA: windows become a batch axis, by a reshape or one gather of whole blocks, and XLA attends within each."""
+"""Windowed attention by XLA: windows become a batch axis, by a reshape or one gather of whole blocks, and XLA attends
+within each.
+"""
 
 import jax
 import jax.numpy as jnp
