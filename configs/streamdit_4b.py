@@ -22,6 +22,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.height = 512
     config.data.width = 512
     config.data.frame_rate = 16.0
+    config.data.autoencoder = ""
 
     config.tae = ml_collections.ConfigDict()
     config.tae.latent_channels = 8

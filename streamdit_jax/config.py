@@ -35,6 +35,7 @@ class DataConfig:
     clip_frames: frames of a stored clip; a training example is a random crop of it. height, width, frame_rate: what
         video is resampled to.
     num_clips, captions_per_clip: how much of the roadtrip world is rendered.
+    autoencoder: a model, bundled or a directory, whose autoencoder is used instead of training one; "" for none.
     """
 
     source: str = "roadtrip"
@@ -44,6 +45,7 @@ class DataConfig:
     height: int = 64
     width: int = 64
     frame_rate: float = 16.0
+    autoencoder: str = ""
 
     def __post_init__(self):
         for field in ("num_clips", "clip_frames", "captions_per_clip", "height", "width", "frame_rate"):

@@ -31,7 +31,7 @@ from streamdit_jax.data.roadtrip_builder import prepare_roadtrip
 from streamdit_jax.errors import ConfigError, DataError
 from streamdit_jax.models.tae import TAE
 from streamdit_jax.models.text import tokenize
-from streamdit_jax.pipeline import Pipeline
+from streamdit_jax.pipeline import Pipeline, find_model
 from streamdit_jax.training.autoencoder import autoencoder, latent_statistics
 from streamdit_jax.training.flow_matching import flow_matching, max_tokens
 from streamdit_jax.training.loop import run_stage
@@ -101,7 +101,9 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
     if (model / weights.MODEL_FILE).exists():
         card["stages"] = weights.load_card(model)["card"].get("stages", {})
 
-    if stages.autoencoder is not None and "autoencoder" not in card["stages"]:
+    if config.data.autoencoder:
+        parts["tae"] = _borrowed_autoencoder(config)
+    elif stages.autoencoder is not None and "autoencoder" not in card["stages"]:
         if source.kind != "pixels":
             raise ConfigError(f"training.autoencoder: needs pixels, but {config.data.source} holds {source.kind}")
         objective = _from_many_clips(
@@ -153,6 +155,16 @@ def _from_many_clips(objective: Objective, config: Config, source: records.Recor
 def _spread(total: int, wanted: int) -> np.ndarray:
     """Up to `wanted` indices, evenly over `total`."""
     return np.linspace(0, total - 1, min(total, wanted)).astype(int)
+
+
+def _borrowed_autoencoder(config: Config) -> dict[str, Any]:
+    """The autoencoder of the model that `data.autoencoder` names. ConfigError where it is of another shape."""
+    directory = find_model(config.data.autoencoder)
+    described = weights.load_card(directory)
+    theirs = described["config"].get("tae")
+    if theirs != json.loads(config.to_json())["tae"]:
+        raise ConfigError(f"data.autoencoder: the one of {directory} has the shape {theirs}, not that of tae")
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), weights.load_part(directory, described, "tae"))
 
 
 def _finished_parts(model: Path) -> dict[str, Any]:
