@@ -103,7 +103,7 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
 
     if config.data.autoencoder:
         parts["tae"] = _borrowed_autoencoder(config)
-    elif stages.autoencoder is not None and "autoencoder" not in card["stages"]:
+    elif stages.autoencoder is not None and not _is_finished(card, "autoencoder", stages.autoencoder):
         if source.kind != "pixels":
             raise ConfigError(f"training.autoencoder: needs pixels, but {config.data.source} holds {source.kind}")
         objective = _from_many_clips(
@@ -116,7 +116,7 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
         card["stages"]["autoencoder"] = facts
         _save(model, config, parts, card)
 
-    if stages.flow_matching is not None and "flow_matching" not in card["stages"]:
+    if stages.flow_matching is not None and not _is_finished(card, "flow_matching", stages.flow_matching):
         latents = source
         if source.kind == "pixels":
             if "tae" not in parts:
@@ -155,6 +155,11 @@ def _from_many_clips(objective: Objective, config: Config, source: records.Recor
 def _spread(total: int, wanted: int) -> np.ndarray:
     """Up to `wanted` indices, evenly over `total`."""
     return np.linspace(0, total - 1, min(total, wanted)).astype(int)
+
+
+def _is_finished(card: dict, name: str, stage: StageConfig) -> bool:
+    """Whether a model's card says that a stage had all of its steps; a configuration with more of them goes on."""
+    return card["stages"].get(name, {}).get("steps", 0) >= stage.steps
 
 
 def _borrowed_autoencoder(config: Config) -> dict[str, Any]:
