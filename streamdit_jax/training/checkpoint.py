@@ -7,10 +7,13 @@ checksums are taken on the devices before saving and compared after restoring. W
 """
 
 import contextlib
+import functools
 import json
+import logging
 import math
 import os
 import re
+import sys
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -74,16 +77,17 @@ class Checkpoints:
             CheckpointError: the directory cannot be made or read.
         """
         self.directory = Path(os.path.abspath(directory))
+        _quieten()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         try:
+            self.directory.mkdir(parents=True, exist_ok=True)
             self._manager = ocp.CheckpointManager(self.directory, options=options)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.directory}: cannot hold checkpoints: {_brief(error)}") from error
 
     def steps(self) -> list[int]:
         """Steps whose checkpoint is complete on disk, in order. A save that failed is not among them."""
-        self._manager.reload()  # what is on disk, not what was asked for
-        return sorted(self._manager.all_steps())
+        return sorted(ocp.utils.checkpoint_steps(self.directory))  # the manager's own list is of what was asked for
 
     def latest(self) -> int | None:
         """The newest of `steps()`, None if there is none."""
@@ -102,6 +106,7 @@ class Checkpoints:
         Raises:
             CheckpointError: this save could not start, or an earlier one did not end well.
         """
+        self.wait()
         if step in self.steps():
             return
         sums = [int(x) for x in jax.device_get(checksums(state))]
@@ -220,7 +225,7 @@ class _Saving:
             kept = "no earlier one is there" if latest is None else f"step {latest} is there and complete"
             raise CheckpointError(
                 f"{self._checkpoints.directory}: saving a checkpoint failed: {_brief(error)}; {kept}; "
-                "make room and run the same command again"
+                "check the disk's free space and run the same command again"
             ) from error
 
 
@@ -244,5 +249,30 @@ def _brief(error: BaseException, width: int = 240) -> str:
     """The message in one line; the cause at the bottom of a chain says more than its wrappers."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
-    return text if len(text) <= width else text[: width - 1] + "…"
+    if found := re.search(r"os_error_code='?(\d+)", str(error)):  # TensorStore's, at the end of a long story
+        return os.strerror(int(found[1]))
+    text = re.sub(r"\s*\[(tensorstore_spec|source locations)=.*", "", str(error), flags=re.DOTALL)
+    text = re.sub(r"\s+", " ", text).strip() or type(error).__name__
+    return text if len(text) <= width else f"{text[: width // 3]} … {text[-2 * width // 3 :]}"
+
+
+@functools.cache
+def _quieten() -> None:
+    """Orbax tells each failure many times: in logs, from threads, coroutines and futures that outlive their event loop.
+
+    A `CheckpointError` says it once. So these are dropped, and nothing else is.
+    """
+
+    def foreign(record: logging.LogRecord) -> bool:
+        return "orbax" not in f"{record.pathname} {record.msg}"
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(foreign)
+
+    def hook(unraisable, previous=sys.unraisablehook):
+        code = getattr(unraisable.object, "cr_code", None)
+        of_orbax = code is not None and "orbax" in code.co_filename
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+            previous(unraisable)
+
+    sys.unraisablehook = hook

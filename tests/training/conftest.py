@@ -1,0 +1,33 @@
+"""The toy objective as a fixture, because test folders are no packages; and a cache, for it is compiled often."""
+
+import importlib.util
+from pathlib import Path
+
+import jax
+import pytest
+
+TOY = Path(__file__).with_name("toy.py")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory):
+    """Most tests train the toy anew, with the same few programs."""
+    wanted = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="session")
+def toy():
+    spec = importlib.util.spec_from_file_location("toy", TOY)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
