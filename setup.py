@@ -1,11 +1,19 @@
-"""Installs streamdit_jax: the base streams from weights; [train] adds what reads data and trains; [test] what tests it."""
+"""Installs streamdit_jax: the base streams from weights; extras add what trains, what draws, and what tests."""
 
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
-TRAIN = ["orbax-checkpoint>=0.11", "optax>=0.2.5", "grain>=0.2.12", "tensorflow-datasets>=4.9.9", "array_record>=0.8", "tensorboardX>=2.6"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9", "matplotlib>=3.8", "pillow>=10"]
+TRAIN = [
+    "orbax-checkpoint>=0.11",
+    "optax>=0.2.5",
+    "grain>=0.2.12",
+    "tensorflow-datasets>=4.9.9",
+    "array_record>=0.8",
+    "tensorboardX>=2.6",
+]
+FIGURES = ["matplotlib>=3.8", "pillow>=10"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"]
 
 setup(
     name="streamdit_jax",
@@ -27,6 +35,12 @@ setup(
         "av>=14",
         "tqdm>=4.66",
     ],
-    extras_require={"train": TRAIN, "test": TRAIN + TEST, "cuda": ["jax[cuda13]"], "tpu": ["jax[tpu]"]},
+    extras_require={
+        "train": TRAIN,
+        "figures": FIGURES,
+        "test": TRAIN + FIGURES + TEST,
+        "cuda": ["jax[cuda13]"],
+        "tpu": ["jax[tpu]"],
+    },
     entry_points={"console_scripts": ["streamdit = streamdit_jax.cli:main"]},
 )

@@ -14,6 +14,9 @@ from pathlib import Path
 from streamdit_jax.errors import ConfigError, StreamDiTError
 
 DEFAULT_PROMPT = "a red car drives past green hills on a sunny day"
+SHEET_COLUMNS = 16
+# What the extras of setup.py bring: whoever lacks one is told which.
+EXTRAS = {"matplotlib": "figures", "PIL": "figures"}
 
 
 def _enable_compilation_cache() -> None:
@@ -48,9 +51,11 @@ def _stream(arguments) -> int:
     if not out.parent.is_dir():
         raise ConfigError(f"--out: there is no directory {out.parent} to write {out.name} to")
 
+    import numpy as np
     from tqdm import tqdm
 
     from streamdit_jax.data.video import VideoWriter
+    from streamdit_jax.evaluation.figures import contact_sheet
     from streamdit_jax.pipeline import load
 
     _enable_compilation_cache()
@@ -66,12 +71,13 @@ def _stream(arguments) -> int:
     )
     rate, data = pipeline.frame_rate, pipeline.config.data
     wanted = max(1, round(arguments.seconds * rate))
-    made, writing = 0, 0.0
+    made, writing, kept, switched = 0, 0.0, [], []
     bar = tqdm(total=wanted, unit="frame", desc="filling", disable=arguments.quiet or arguments.json, file=sys.stderr)
     with bar, VideoWriter(out, rate, data.height, data.width) as writer:
         while made < wanted:
             while switches and made >= switches[0][0] * rate:
-                stream.prompt = switches.pop(0)[1]
+                switched.append(switches.pop(0))
+                stream.prompt = switched[-1][1]
             frames = next(stream)[: wanted - made]
             if made == 0:
                 first = time.perf_counter()
@@ -81,8 +87,13 @@ def _stream(arguments) -> int:
             writing += time.perf_counter() - began
             made += len(frames)
             bar.update(len(frames))
+            if arguments.sheet:
+                kept.append(frames)
     ended = time.perf_counter()
     seconds = {name: round(value, 3) for name, value in {**stream.seconds, "write": writing}.items()}
+    if arguments.sheet:
+        prompts = [arguments.prompt, *(f"{at:g} s: {prompt}" for at, prompt in switched)]
+        contact_sheet([(" → ".join(prompts), np.concatenate(kept))], arguments.sheet, columns=SHEET_COLUMNS)
     report = {
         "out": str(out),
         "frames": made,
@@ -216,6 +227,7 @@ def _parser() -> argparse.ArgumentParser:
         "--at", action="append", default=[], metavar="SECONDS:PROMPT", help="switch the prompt mid-stream"
     )
     stream.add_argument("--filling", choices=("uniform", "ramp"), help="how the buffer is filled")
+    stream.add_argument("--sheet", metavar="FILE.png", help="also write a strip of frames")
     stream.add_argument("--quiet", action="store_true", help="no progress bar")
     sampling(stream)
 
@@ -240,7 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     evaluate.add_argument("what", choices=("autoencoder", "streams"))
     evaluate.add_argument("--prompts", type=int, default=100, help="held-out clips or prompts")
     evaluate.add_argument("--seconds", type=float, default=8.0, help="where a stream is judged")
-    evaluate.add_argument("--sheet", help="write a contact sheet of the first streams to this PNG")
+    evaluate.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet of the first ones")
     sampling(evaluate)
 
     figure = command("figure", _figure, "draw a scheme's levels over frames and micro steps")
@@ -261,6 +273,15 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.run(arguments)
     except StreamDiTError as mistake:
         print(f"streamdit: {mistake}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as missing:
+        if missing.name is None or missing.name.split(".")[0] == "streamdit_jax":
+            raise
+        extra = EXTRAS.get(missing.name.split(".")[0], "train")
+        print(
+            f"streamdit: {arguments.command} needs {missing.name}: pip install 'streamdit_jax[{extra}]'",
+            file=sys.stderr,
+        )
         return 2
     except KeyboardInterrupt:
         print("streamdit: stopped", file=sys.stderr)

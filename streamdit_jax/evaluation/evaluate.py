@@ -5,7 +5,6 @@ held-out prompts.
 """
 
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,11 +42,9 @@ def run(
     pipeline = load(model)
     started = time.perf_counter()
     if what == "autoencoder":
-        report = autoencoder_fidelity(pipeline, prompts, seed)
+        report = autoencoder_fidelity(pipeline, prompts, seed, sheet)
     else:
-        report = stream_accuracy(
-            pipeline, prompts, seconds, seed, scheme=scheme, guidance=guidance, sheet=Path(sheet) if sheet else None
-        )
+        report = stream_accuracy(pipeline, prompts, seconds, seed, scheme=scheme, guidance=guidance, sheet=sheet)
     return {
         "what": what,
         "model": model,
@@ -65,12 +62,12 @@ def _held_out(count: int, seed: int) -> list[tuple[roadtrip.Factors, int]]:
     return [roadtrip.clip_factors(index, seed, "held_out") for index in range(count)]
 
 
-def autoencoder_fidelity(pipeline: Pipeline, clips: int, seed: int) -> dict[str, Any]:
+def autoencoder_fidelity(pipeline: Pipeline, clips: int, seed: int, sheet: str | None = None) -> dict[str, Any]:
     """PSNR in dB of held-out renders, coded and decoded whole: mean over clips of 10·log10(255² / mean squared error).
 
     Also by scenery, time and weather, and the worst clip, because a mean hides what is illegible.
     """
-    scores, factors = [], []
+    scores, factors, rows = [], [], []
     for of_clip, clip_seed in _held_out(clips, seed):
         video = roadtrip.render(of_clip, clip_seed, CLIP_FRAMES, size=pipeline.config.data.height)
         latents = pipeline.encode_video(video[None].astype(np.float32) / 127.5 - 1)
@@ -78,6 +75,10 @@ def autoencoder_fidelity(pipeline: Pipeline, clips: int, seed: int) -> dict[str,
         error = np.mean(np.square(decoded.astype(np.float64) - video))
         scores.append(10 * np.log10(255**2 / error))
         factors.append(of_clip)
+        if len(rows) < SHEET_ROWS:
+            rows += [(f"{full_caption(of_clip)}: rendered", video), (f"decoded, {scores[-1]:.1f} dB", decoded)]
+    if sheet is not None:
+        figures.contact_sheet(rows, sheet)
     scores = np.array(scores)
 
     def by(factor):
@@ -100,7 +101,7 @@ def stream_accuracy(
     *,
     scheme: PartitionScheme | str | None = None,
     guidance: float | None = None,
-    sheet: Path | None = None,
+    sheet: str | None = None,
 ) -> dict[str, Any]:
     """The share of held-out prompts whose factors the probe reads in the last two seconds of a stream of `seconds`.
 

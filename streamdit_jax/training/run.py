@@ -74,9 +74,10 @@ def open_source(config: Config, workdir: Path, log=print) -> records.Records:
     return records.open_records(source)
 
 
-def encode_records(config: Config, tae_params: Any, source: records.Records, out: Path) -> records.Records:
+def encode_records(config: Config, tae_params: Any, source: records.Records, out: Path, log=print) -> records.Records:
     """The clips of `source` as latents in `out`, made once. `out` must not hold something else."""
     if not out.exists():
+        log(f"encoding {len(source)} clips to latents")
         apply = jax.jit(lambda params, clips: TAE(config.tae).apply({"params": params}, clips, method=TAE.encode)[0])
         encode.encode(
             source.directory, out, lambda clips: np.asarray(apply(tae_params, clips)), batch_size=ENCODE_BATCH
@@ -124,8 +125,7 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
                     f"training.autoencoder: missing, and {model} holds no trained autoencoder "
                     f"to encode {config.data.source} with"
                 )
-            log("encoding clips to latents")
-            latents = encode_records(config, parts["tae"], source, workdir / "latents")
+            latents = encode_records(config, parts["tae"], source, workdir / "latents", log)
         objective = flow_matching(config, stages.flow_matching.objective)
 
         def sample(step, params):
