@@ -94,7 +94,7 @@ def _damage(key, clips: Float[Array, "b f 64 64 3"]) -> Float[Array, "b f 64 64 
 def _prepare(key, clips: UInt8[Array, "b f 64 64 3"]):
     """Damaged frames for the trunk, uint8 [b, FRAMES, 64, 64, 3], and the damaged clips' motion profiles [b, k]."""
     damaged = _damage(key, clips.astype(jnp.float32) / 255.0)
-    looked_at = jnp.linspace(0, clips.shape[1] - 1, FRAMES).round().astype(int)
+    looked_at = np.linspace(0, clips.shape[1] - 1, FRAMES).round().astype(int)
     return jnp.round(damaged[:, looked_at] * 255.0).astype(jnp.uint8), motion_profile(damaged)
 
 
@@ -134,9 +134,8 @@ def train_probe(
             log(f"rendered {len(factors)} of {num_clips} clips")
     frames, profiles, labels = np.concatenate(frames), np.concatenate(profiles), _labels(factors)
 
-    params = model.init(
-        jax.random.fold_in(key, num_clips), jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, profiles.shape[1]))
-    )
+    blank = jnp.zeros((1, 64, 64, 3)), jnp.zeros((1, profiles.shape[1]))
+    params = jax.jit(model.init)(jax.random.fold_in(key, num_clips), *blank)
     schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, steps // 20, steps, learning_rate / 100)
     optimizer = optax.adamw(schedule, weight_decay=0.02)
 
@@ -166,7 +165,7 @@ def train_probe(
 def _log_probabilities(params, clips):
     clips = clips.astype(jnp.float32) / 255.0
     b, f = clips.shape[:2]
-    looked_at = clips[:, jnp.linspace(0, f - 1, FRAMES).round().astype(int)].reshape(b * FRAMES, 64, 64, 3)
+    looked_at = clips[:, np.linspace(0, f - 1, FRAMES).round().astype(int)].reshape(b * FRAMES, 64, 64, 3)
     profiles = motion_profile(clips).repeat(FRAMES, axis=0)
     logits = Probe().apply(params, looked_at, profiles)
     means = {name: jax.nn.log_softmax(x).reshape(b, FRAMES, -1).mean(1) for name, x in logits.items()}
