@@ -93,7 +93,7 @@ def _stream(arguments) -> int:
     seconds = {name: round(value, 3) for name, value in {**stream.seconds, "write": writing}.items()}
     if arguments.sheet:
         prompts = [arguments.prompt, *(f"{at:g} s: {prompt}" for at, prompt in switched)]
-        contact_sheet([(" → ".join(prompts), np.concatenate(kept))], arguments.sheet, columns=SHEET_COLUMNS)
+        contact_sheet([("   |   ".join(prompts), np.concatenate(kept))], arguments.sheet, columns=SHEET_COLUMNS)
     report = {
         "out": str(out),
         "frames": made,
