@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Mapping
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -163,6 +164,18 @@ def abstract_arrays(tree, mesh: jax.sharding.Mesh):
     """The tree as `jax.ShapeDtypeStruct`s with shardings, as a restore or a compilation ahead of time asks for it."""
     shardings = param_shardings(tree, mesh)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def place(tree, mesh: jax.sharding.Mesh):
+    """Arrays that every process has in full → global arrays, cut as `param_shardings` says."""
+
+    def cut(leaf, sharding):
+        if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+            return jax.device_put(leaf, sharding)
+        whole = np.asarray(jnp.asarray(leaf))
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(cut, tree, param_shardings(tree, mesh))
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -97,7 +97,7 @@ def run_stage(
         start = checkpoints.latest() or 0
 
         source = _Batches(make_batches, start, stage.steps, stage.batch_size, mesh)
-        key = jax.device_put(jax.random.key(seed), sharding.replicated(mesh))
+        key = jax.jit(lambda: jax.random.key(seed), out_shardings=sharding.replicated(mesh))()
         initialise = functools.partial(init_state, objective, tx)
         first_batch = source.ahead if objective.first_batch is None else objective.first_batch
         like = sharding.abstract_arrays(jax.eval_shape(initialise, key, first_batch), mesh)
@@ -116,7 +116,7 @@ def run_stage(
         if start >= stage.steps:
             return state
 
-        constants = jax.device_put(objective.constants, sharding.param_shardings(objective.constants, mesh))
+        constants = sharding.place(objective.constants, mesh)
         step = jax.jit(
             make_train_step(objective, tx, stage.ema_decay, schedule),
             donate_argnums=0,

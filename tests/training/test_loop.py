@@ -329,6 +329,6 @@ def test_several_processes_are_one_run(toy, tmp_path):
             assert done.returncode == 0, done.stderr
     (one,) = processes((TOY, tmp_path / "one", 10, fields), XLA_FLAGS="--xla_force_host_platform_device_count=4")
     assert one.returncode == 0, one.stderr
-    like = toy.train(tmp_path / "like", 1)
+    like = toy.train(tmp_path / "like", 3)
     assert toy.bits(stored(tmp_path / "two", like).state) == toy.bits(stored(tmp_path / "one", like).state)
     assert facts(tmp_path / "two") == facts(tmp_path / "one")
