@@ -29,6 +29,8 @@ class Objective:
         constants: arrays that the loss reads and never changes: a scheme's tables, a frozen autoencoder, a teacher.
             They enter the compiled step as an argument, so that other values of the same shapes do not compile it again
             (law 1).
+        first_batch: what init reads instead of the stage's first batch, where it takes more (or other) examples to
+            begin well; a data-dependent initialisation does.
     """
 
     name: str
