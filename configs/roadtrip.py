@@ -40,6 +40,8 @@ def get_config() -> ml_collections.ConfigDict:
     text.head_dim = 32
     text.ffn_width = 256
     text.ffn = "gated_gelu"
+    text.bias_per_layer = True
+    text.local_start = 6.0
     text.max_tokens = 128
     config.text = (text,)
 
@@ -73,7 +75,18 @@ def get_config() -> ml_collections.ConfigDict:
     )
     stage.objective = ml_collections.ConfigDict(dict(l1=1.0, mse=2.0, gradient=0.5, kl=1e-4, image_share=0.25))
 
+    stage = config.training.text_alignment = ml_collections.ConfigDict()
+    stage.steps = 800
+    stage.batch_size = 32
+    stage.num_frames = 16
+    stage.ema_decay = 0.99
+    stage.checkpoint_every = 400
+    stage.optimizer = ml_collections.ConfigDict(
+        dict(learning_rate=2e-3, warmup_steps=50, decay="cosine", final_scale=0.05, weight_decay=0.01)
+    )
+
     stage = config.training.flow_matching = ml_collections.ConfigDict()
+    stage.start_from = ""
     stage.steps = 5000
     stage.batch_size = 8
     stage.num_frames = 16

@@ -35,8 +35,8 @@ def get_config() -> ml_collections.ConfigDict:
     config.dit.windows = ((4, 4, 4),)
     config.sampling.scheme = "N4c2s1"
 
-    for stage, steps in ((config.training.autoencoder, 30), (config.training.flow_matching, 30)):
-        stage.steps = steps
+    for stage in (config.training.autoencoder, config.training.text_alignment, config.training.flow_matching):
+        stage.steps = 30
         stage.batch_size = 4
         stage.log_every = 10
         stage.checkpoint_every = 20

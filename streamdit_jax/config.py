@@ -186,9 +186,17 @@ class AutoencoderStage(StageConfig):
     objective: AutoencoderObjective = AutoencoderObjective()
 
 
+@dataclasses.dataclass(frozen=True)
+class TextAlignmentStage(StageConfig):
+    """Text encoders alone, so that a DiT finds something to read; see `training.text_alignment`."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowMatchingStage(StageConfig):
+    """start_from: a model, bundled or a directory, whose text encoders and DiT are fine-tuned (§5.1); "" for none."""
+
     objective: FlowMatchingObjective
+    start_from: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -196,6 +204,7 @@ class TrainingConfig:
     """The stages of a run, in the order in which they run; a stage that is absent is skipped."""
 
     autoencoder: AutoencoderStage | None = None
+    text_alignment: TextAlignmentStage | None = None
     flow_matching: FlowMatchingStage | None = None
 
 
@@ -263,10 +272,15 @@ class Config:
                 f"but dit.latent has {latent}",
             )
         schemes = [("sampling.scheme", PartitionScheme.parse(self.sampling.scheme))]
-        stage = self.training.flow_matching
-        if stage is not None:
-            field = "training.flow_matching"
-            schemes += [(f"{field}.objective.mixture.entries", scheme) for scheme in stage.objective.mixture.schemes]
+        for field, stage in (
+            ("training.text_alignment", self.training.text_alignment),
+            ("training.flow_matching", self.training.flow_matching),
+        ):
+            if stage is None:
+                continue
+            if isinstance(stage, FlowMatchingStage):
+                mixture = stage.objective.mixture
+                schemes += [(f"{field}.objective.mixture.entries", scheme) for scheme in mixture.schemes]
             _require(
                 stage.num_frames == frames,
                 f"{field}.num_frames: {stage.num_frames}, but dit.latent has {frames} frames",

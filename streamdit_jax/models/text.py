@@ -30,7 +30,13 @@ FFNS = ("gated_gelu", "gated_silu", "gelu", "relu")  # v1.1, ByT5, UMT5: gated_g
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Shape of a text encoder; raises ValueError naming the field that is wrong. Prompts are padded to max_tokens."""
+    """Shape of a text encoder; raises ValueError naming the field that is wrong. Prompts are padded to max_tokens.
+
+    local_start: how strongly a fresh encoder's head h of layer l attends to the token h·num_heads^l places back, added
+        to T5's random start of the position bias. A bias moves by a learning rate a step, so an encoder that is trained
+        here, from bytes, would take thousands of steps to look at its neighbours. 0 for T5's own start; loaded weights
+        are not touched.
+    """
 
     vocab_size: int = 384
     width: int = 128
@@ -43,6 +49,7 @@ class TextConfig:
     relative_max_distance: int = 128
     bias_per_layer: bool = False
     max_tokens: int = 128
+    local_start: float = 0.0
 
     def __post_init__(self):
         counts = ("vocab_size", "width", "num_layers", "num_heads", "head_dim", "ffn_width", "max_tokens")
@@ -52,6 +59,8 @@ class TextConfig:
                 raise ValueError(f"{name}: got {value}; it must be a whole number ≥ 1")
         if self.ffn not in FFNS:
             raise ValueError(f"ffn: got {self.ffn!r}; choose one of {', '.join(FFNS)}")
+        if self.local_start < 0:
+            raise ValueError(f"local_start: got {self.local_start}; it must not be negative")
         if self.relative_buckets < 4 or self.relative_buckets % 4:
             raise ValueError(f"relative_buckets: got {self.relative_buckets}; it must be a positive multiple of 4")
         if self.relative_max_distance <= self.relative_buckets // 4:
@@ -99,11 +108,26 @@ def _dense(features: int, std: float, dtype: Any, name: str) -> nn.Dense:
     return nn.Dense(features, use_bias=False, kernel_init=nn.initializers.normal(std), dtype=dtype, name=name)
 
 
+def _bias_init(config: TextConfig, layer: int):
+    """T5's random start of a layer's position bias [buckets, heads], and local_start."""
+
+    def init(key, shape):
+        table = nn.initializers.normal(config.width**-0.5)(key, shape)
+        for head in range(config.num_heads if config.local_start else 0):
+            back = head * config.num_heads**layer
+            bucket = relative_buckets(back + 1, config.relative_buckets, config.relative_max_distance)[back, 0]
+            table = table.at[bucket, head].add(config.local_start)
+        return table
+
+    return init
+
+
 class Attention(nn.Module):
     """Self-attention with T5's position bias; returns the bias too, for the layers that share it."""
 
     config: TextConfig
     dtype: Any = jnp.float32
+    layer: int = 0
 
     @nn.compact
     def __call__(
@@ -118,7 +142,7 @@ class Attention(nn.Module):
         )
         if bias is None:
             shape = (config.relative_buckets, config.num_heads)
-            table = self.param("relative_bias", nn.initializers.normal(width**-0.5), shape)
+            table = self.param("relative_bias", _bias_init(config, self.layer), shape)
             buckets = relative_buckets(x.shape[1], config.relative_buckets, config.relative_max_distance)
             bias = rearrange(table[buckets].astype(jnp.float32), "q k h -> h q k")
         scores = jnp.einsum("bqhd,bkhd->bhqk", q, k, preferred_element_type=jnp.float32) + bias
@@ -151,11 +175,12 @@ class Block(nn.Module):
 
     config: TextConfig
     dtype: Any = jnp.float32
+    layer: int = 0
 
     @nn.compact
     def __call__(self, x: Float[Array, "b S d"], mask: Bool[Array, "b S"], bias: Float[Array, "heads S S"] | None):
         h = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="attention_norm")(x)
-        h, bias = Attention(self.config, self.dtype, name="attention")(h, mask, bias)
+        h, bias = Attention(self.config, self.dtype, self.layer, name="attention")(h, mask, bias)
         x = x + h
         h = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="ffn_norm")(x)
         return x + FeedForward(self.config, self.dtype, name="ffn")(h), bias
@@ -177,7 +202,7 @@ class TextEncoder(nn.Module):
         x = nn.Embed(config.vocab_size, config.width, embedding_init=init, dtype=self.dtype, name="embedding")(tokens)
         bias = None
         for layer in range(config.num_layers):
-            block = Block(config, self.dtype, name=f"block_{layer}")
+            block = Block(config, self.dtype, layer, name=f"block_{layer}")
             x, bias = block(x, mask, None if config.bias_per_layer else bias)
         x = nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="final_norm")(x)
         return jnp.where(mask[..., None], x, 0.0).astype(jnp.float32)

@@ -6,6 +6,8 @@ and scores the predicted velocity on all frames but references. Text encoders ar
 the empty prompt.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,15 +19,24 @@ from streamdit_jax.models.tae import TAE
 from streamdit_jax.models.text import TextConfig, TextEncoder, tokenize
 from streamdit_jax.partition import draw_levels
 from streamdit_jax.training.autoencoder import to_unit_range
-from streamdit_jax.training.objective import Objective
+from streamdit_jax.training.objective import Batch, Objective
 
 
-def encode_text(configs: tuple[TextConfig, ...], params: tuple, tokens, mask) -> Text:
-    """Every encoder's sequence and mask for tokens [batch, S]: the `text` of a DiT."""
+def encode_text(configs: tuple[TextConfig, ...], params: dict[str, Any], tokens, mask) -> Text:
+    """Every encoder's sequence and mask for tokens [batch, S]: the `text` of a DiT. params: {"0": …, "1": …, …}."""
     return tuple(
-        (TextEncoder(config).apply({"params": of_encoder}, tokens, mask), mask)
-        for config, of_encoder in zip(configs, params)
+        (TextEncoder(config).apply({"params": params[str(index)]}, tokens, mask), mask)
+        for index, config in enumerate(configs)
     )
+
+
+def initial_text(configs: tuple[TextConfig, ...], key: jax.Array, batch: Batch) -> dict[str, Any]:
+    """Fresh parameters of the text encoders, {"0": …, "1": …, …}."""
+    tokens, mask = (jnp.asarray(batch[name][:1]) for name in ("tokens", "text_mask"))
+    return {
+        str(index): TextEncoder(config).init(jax.random.fold_in(key, index), tokens, mask)["params"]
+        for index, config in enumerate(configs)
+    }
 
 
 def max_tokens(configs: tuple[TextConfig, ...]) -> int:
@@ -37,14 +48,12 @@ def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=N
     """The objective of text encoders and DiT on {"latents" or "video", "tokens", "text_mask"}; params {"text": {"0":
     …}, "dit": …}.
 
+    `init` takes what the batch holds under "initial", {"text": …, "dit": …}, either or both, instead of fresh ones.
     tae_params: the frozen autoencoder, needed where batches hold pixels. Metrics: `velocity_loss` by quarter of the
         flow time, and `scored_share` of the frames.
     """
     dit = DiT(config.dit)
     empty_tokens, empty_mask = tokenize("", max_tokens(config.text))
-
-    def text_of(params, tokens, mask) -> Text:
-        return encode_text(config.text, tuple(params[str(i)] for i in range(len(config.text))), tokens, mask)
 
     def latents_of(constants, batch):
         if "latents" in batch:
@@ -53,14 +62,13 @@ def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=N
         return TAE(config.tae).apply({"params": constants["tae"]}, video, method=TAE.encode)[0]
 
     def init(key, batch):
+        given = batch.get("initial", {})
         text_key, dit_key = jax.random.split(key)
-        tokens, mask = (jnp.asarray(batch[name][:1]) for name in ("tokens", "text_mask"))
-        text_params = {
-            str(index): TextEncoder(of_encoder).init(jax.random.fold_in(text_key, index), tokens, mask)["params"]
-            for index, of_encoder in enumerate(config.text)
-        }
+        text_params = given["text"] if "text" in given else initial_text(config.text, text_key, batch)
+        if "dit" in given:
+            return {"text": text_params, "dit": given["dit"]}
         latents = jnp.zeros((1, *config.dit.latent))
-        text = text_of(text_params, tokens, mask)
+        text = encode_text(config.text, text_params, batch["tokens"][:1], batch["text_mask"][:1])
         dit_params = dit.init(dit_key, latents, jnp.zeros(latents.shape[:2]), text)["params"]
         return {"text": text_params, "dit": dit_params}
 
@@ -78,7 +86,7 @@ def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=N
         noised = flow.interpolate(latents, noise, drawn.levels)
         target = flow.velocity_target(latents, noise)
         present = drawn.present if objective.mixture.ramp else None
-        text = text_of(params["text"], tokens, mask)
+        text = encode_text(config.text, params["text"], tokens, mask)
         predicted = dit.apply({"params": params["dit"]}, noised, drawn.levels, text, present)
         value = flow.loss(predicted, target, drawn.scored)
         quarters = {}

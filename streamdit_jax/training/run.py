@@ -31,11 +31,12 @@ from streamdit_jax.data.roadtrip_builder import prepare_roadtrip
 from streamdit_jax.errors import ConfigError, DataError
 from streamdit_jax.models.tae import TAE
 from streamdit_jax.models.text import tokenize
-from streamdit_jax.pipeline import Pipeline, find_model
+from streamdit_jax.pipeline import Pipeline, find_model, initialise
 from streamdit_jax.training.autoencoder import autoencoder, latent_statistics
 from streamdit_jax.training.flow_matching import flow_matching, max_tokens
 from streamdit_jax.training.loop import run_stage
 from streamdit_jax.training.objective import Objective
+from streamdit_jax.training.text_alignment import text_alignment
 
 INITIAL_CLIPS = 192
 STATISTICS_CLIPS = 256
@@ -92,8 +93,8 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
     CheckpointError for checkpoints that do not fit or are damaged.
     """
     workdir, stages = Path(workdir), config.training
-    if stages.autoencoder is None and stages.flow_matching is None:
-        raise ConfigError("training: has no stage; give autoencoder, flow_matching or both")
+    if all(stage is None for stage in (stages.autoencoder, stages.text_alignment, stages.flow_matching)):
+        raise ConfigError("training: has no stage; give autoencoder, text_alignment or flow_matching")
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     source = open_source(config, workdir, log)
     model = workdir / "model"
@@ -117,28 +118,21 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
         card["stages"]["autoencoder"] = facts
         _save(model, config, parts, card)
 
-    if stages.flow_matching is not None and not _is_finished(card, "flow_matching", stages.flow_matching):
-        latents = source
-        if source.kind == "pixels":
-            if "tae" not in parts:
-                raise ConfigError(
-                    f"training.autoencoder: missing, and {model} holds no trained autoencoder "
-                    f"to encode {config.data.source} with"
-                )
-            latents = encode_records(config, parts["tae"], source, workdir / "latents", log)
-        objective = flow_matching(config, stages.flow_matching.objective)
-
-        def sample(step, params):
-            whole = {"tae": parts["tae"], **params}
-            folder = workdir / "flow_matching" / "samples" / f"step_{step:07d}"
-            write_samples(config, whole, folder)
-
-        sample_fn = sample if "tae" in parts else None
-        state, facts = _run(
-            config, "flow_matching", stages.flow_matching, objective, latents, workdir, mesh, sample_fn, log
-        )
-        parts |= jax.tree.map(np.asarray, dict(state.ema_params))
-        card["stages"]["flow_matching"] = facts
+    latents = None
+    for name in ("text_alignment", "flow_matching"):
+        stage = getattr(stages, name)
+        if stage is None or _is_finished(card, name, stage):
+            continue
+        if latents is None:
+            latents = _latents(config, parts, source, workdir, log)
+        if name == "text_alignment":
+            objective, sample = text_alignment(config), None
+        else:
+            objective = _started(flow_matching(config, stage.objective), config, parts)
+            sample = _sampler(config, parts, workdir / name) if "tae" in parts else None
+        state, facts = _run(config, name, stage, objective, latents, workdir, mesh, sample, log)
+        parts |= {part: jax.tree.map(np.asarray, state.ema_params[part]) for part in state.ema_params if part != "head"}
+        card["stages"][name] = facts
         _save(model, config, parts, card)
     return model
 
@@ -155,6 +149,46 @@ def _from_many_clips(objective: Objective, config: Config, source: records.Recor
 def _spread(total: int, wanted: int) -> np.ndarray:
     """Up to `wanted` indices, evenly over `total`."""
     return np.linspace(0, total - 1, min(total, wanted)).astype(int)
+
+
+def _latents(config: Config, parts: dict, source: records.Records, workdir: Path, log) -> records.Records:
+    """The clips as latents: the source itself, or what the run's autoencoder makes of its pixels."""
+    if source.kind == "latents":
+        return source
+    if "tae" not in parts:
+        raise ConfigError(
+            f"training.autoencoder: missing, and {workdir / 'model'} holds no trained autoencoder "
+            f"to encode {config.data.source} with"
+        )
+    return encode_records(config, parts["tae"], source, workdir / "latents", log)
+
+
+def _started(objective: Objective, config: Config, parts: dict) -> Objective:
+    """Flow matching that starts from the text encoders of an earlier stage, or from a whole model."""
+    stage = config.training.flow_matching
+    initial = {"text": parts["text"]} if "text" in parts else {}
+    if stage.start_from:
+        directory = find_model(stage.start_from)
+        described = weights.load_card(directory)
+        initial = {part: weights.load_part(directory, described, part) for part in ("text", "dit")}
+        expected = jax.eval_shape(lambda key: initialise(config, key), jax.random.key(0))
+        for part, tree in initial.items():
+            weights.check_shapes(tree, expected[part], f"{directory}: {part}")
+    if not initial:
+        return objective
+    tokens, mask = tokenize("", max_tokens(config.text))
+    as_float = jax.tree.map(lambda x: np.asarray(x, np.float32), initial)
+    batch = {"tokens": tokens[None], "text_mask": mask[None], "initial": as_float}
+    return dataclasses.replace(objective, first_batch=batch)
+
+
+def _sampler(config: Config, parts: dict, folder: Path):
+    """Writes streams of the parameters at hand."""
+
+    def sample(step, params):
+        write_samples(config, {"tae": parts["tae"], **params}, folder / "samples" / f"step_{step:07d}")
+
+    return sample
 
 
 def _is_finished(card: dict, name: str, stage: StageConfig) -> bool:
