@@ -81,6 +81,11 @@ class DiTConfig:
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
                 raise ValueError(f"{field}: {getattr(self, field)!r} is not one of {', '.join(allowed)}")
+        for field, count in (("latent", 4), ("patch", 3), ("wrap", 3)):
+            if len(getattr(self, field)) != count:
+                raise ValueError(
+                    f"{field}: needs {count} values, not the {len(getattr(self, field))} of {getattr(self, field)}"
+                )
         for field in ("width", "num_layers", "num_heads", "ffn_width"):
             if getattr(self, field) < 1:
                 raise ValueError(f"{field}: must be at least 1, not {getattr(self, field)}")
@@ -97,8 +102,10 @@ class DiTConfig:
         for axis, size, patch in zip(("height", "width"), self.latent[1:3], self.patch[1:]):
             if patch < 1 or size % patch:
                 raise ValueError(f"patch: {patch} does not divide a latent {axis} of {size}")
-        if not self.windows or not self.shifted:
-            raise ValueError("windows: give at least one window, and in shifted at least one of False and True")
+        if not self.windows or any(len(window) != 3 for window in self.windows):
+            raise ValueError(f"windows: needs at least one (frames, height, width), not {self.windows}")
+        if not self.shifted:
+            raise ValueError("shifted: needs at least one of False and True")
         if self.num_layers % self.period:
             raise ValueError(
                 f"num_layers: {self.num_layers} layers do not hold whole patterns of {self.period} (windows, shifted)"
