@@ -43,5 +43,5 @@ def get_config() -> ml_collections.ConfigDict:
         stage.num_frames = 8
         stage.optimizer.warmup_steps = 5
     config.training.flow_matching.sample_every = 30
-    config.training.flow_matching.objective.mixture.entries = (("N4c2s1", 1.0), ("N8c1s1", 1.0))
+    config.training.flow_matching.objective.mixture.entries = (("N4c2s1", 1.0), ("N1c8s1p3", 1.0))
     return config

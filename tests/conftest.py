@@ -40,6 +40,12 @@ def tiny_config() -> Config:
 
 
 @pytest.fixture(scope="session")
+def tiny():
+    """The tiny model's configuration."""
+    return tiny_config()
+
+
+@pytest.fixture(scope="session")
 def tiny_params():
     """Random parameters: a fresh model's gates are closed, and it would stream nothing but noise."""
     params = jax.jit(lambda key: initialise(tiny_config(), key))(jax.random.key(0))

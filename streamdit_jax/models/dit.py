@@ -43,6 +43,8 @@ class DiTConfig:
     qk_norm: none | head | width. position: learned | rope. adaln: single | per_block. norm: layer | rms, without
         affine.
     ffn: gelu | swiglu. text_projection: linear_norm | mlp. remat: none | dots | full, for the scanned layers.
+    pooled_text: the mean of the text joins the time embedding, so that a prompt reaches every modulation at once
+        (chosen; not in the paper, and off in its configuration).
     dtype: auto (bfloat16 on accelerators, float32 on CPUs) | float32 | bfloat16: the type of the arithmetic, not of
         the parameters.
     """
@@ -63,6 +65,7 @@ class DiTConfig:
     position: str = "learned"
     qk_norm: str = "none"
     text_projection: str = "linear_norm"
+    pooled_text: bool = False
     time_frequencies: int = 256
     remat: str = "full"
     dtype: str = "auto"
@@ -104,6 +107,8 @@ class DiTConfig:
                 raise ValueError(f"patch: {patch} does not divide a latent {axis} of {size}")
         if not self.windows or any(len(window) != 3 for window in self.windows):
             raise ValueError(f"windows: needs at least one (frames, height, width), not {self.windows}")
+        if self.pooled_text and not self.cross_attention:
+            raise ValueError("pooled_text: needs the text that cross_attention = False leaves out")
         if not self.shifted:
             raise ValueError("shifted: needs at least one of False and True")
         if self.num_layers % self.period:
@@ -273,13 +278,19 @@ class DiT(nn.Module):
         )
         x = nn.Dense(config.width, dtype=dtype, name="patch_embedding")(order.arrange(x))
         time = TimeEmbedding(config.width, config.time_frequencies, dtype, name="time_embedding")(levels)
+        sequence, sequence_mask = self._project_text(text)
+        if config.pooled_text:
+            weight = sequence_mask[..., None] / jnp.sum(sequence_mask, axis=1)[:, None, None]
+            pooled = jnp.sum(sequence * weight.astype(dtype), axis=1, keepdims=True)
+            time = time + nn.Dense(config.width, dtype=dtype, kernel_init=nn.initializers.zeros, name="pooled_text")(
+                pooled
+            )
         shared = None
         if config.adaln == "single":
             projection = nn.Dense(
                 6 * config.width, dtype=dtype, kernel_init=nn.initializers.zeros, name="time_projection"
             )
             shared = rearrange(projection(nn.silu(time)), "b f (n width) -> b f n width", n=6)
-        sequence, sequence_mask = self._project_text(text)
         key_mask = None
         if frame_mask is not None:
             tokens = jnp.ones((len(latents), order.num_tokens, 1), bool)
