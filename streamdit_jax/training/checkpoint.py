@@ -14,6 +14,7 @@ import math
 import os
 import re
 import sys
+import traceback
 import zlib
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -251,7 +252,7 @@ def _brief(error: BaseException, width: int = 240) -> str:
         error = error.__cause__
     if found := re.search(r"os_error_code='?(\d+)", str(error)):  # TensorStore's, at the end of a long story
         return os.strerror(int(found[1]))
-    text = re.sub(r"\s*\[(tensorstore_spec|source locations)=.*", "", str(error), flags=re.DOTALL)
+    text = re.sub(r"\s*\[(tensorstore_spec|source locations)[^=]*=.*", "", str(error), flags=re.DOTALL)
     text = re.sub(r"\s+", " ", text).strip() or type(error).__name__
     return text if len(text) <= width else f"{text[: width // 3]} … {text[-2 * width // 3 :]}"
 
@@ -263,16 +264,18 @@ def _quieten() -> None:
     A `CheckpointError` says it once. So these are dropped, and nothing else is.
     """
 
+    def of_orbax(trace) -> bool:
+        frames = [] if trace is None else traceback.extract_tb(trace)
+        return any("orbax" in frame.filename for frame in frames)
+
     def foreign(record: logging.LogRecord) -> bool:
-        return "orbax" not in f"{record.pathname} {record.msg}"
+        return "orbax" not in f"{record.pathname} {record.msg}" and not of_orbax((record.exc_info or (None,) * 3)[2])
 
     for name in ("absl", "asyncio"):
         logging.getLogger(name).addFilter(foreign)
 
     def hook(unraisable, previous=sys.unraisablehook):
-        code = getattr(unraisable.object, "cr_code", None)
-        of_orbax = code is not None and "orbax" in code.co_filename
-        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
+        if not of_orbax(unraisable.exc_traceback) and str(unraisable.exc_value) != "Event loop is closed":
             previous(unraisable)
 
     sys.unraisablehook = hook

@@ -285,6 +285,18 @@ def test_full_disk_is_one_line_and_nothing_is_lost(toy, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("file", ["state/manifest.ocdbt", "state/array_metadatas/process_0", "meta/metadata"])
+def test_a_damaged_checkpoint_is_one_line(toy, tmp_path, file):
+    toy.train(tmp_path, 8)
+    path = tmp_path / "checkpoints" / "8" / file
+    path.write_bytes(path.read_bytes()[:40])
+    (done,) = processes((TOY, tmp_path, 12))
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"CheckpointError: {tmp_path / 'checkpoints' / '8'}: damaged: " in done.stderr
+    assert done.stderr.endswith(f"step 5 is intact: delete {tmp_path / 'checkpoints' / '8'} to go on from there\n")
+
+
+@pytest.mark.slow
 def test_killed_runs_go_on_exactly(toy, tmp_path):
     """SIGKILL at unforeseen moments, saves under way included."""
     fields = json.dumps({"checkpoint_every": 3, "log_every": 1})
