@@ -1,6 +1,6 @@
 """StreamDiT-4B (arXiv 2507.03745): 512×512 video at 16 latent frames, 4.12 B parameters in the transformer.
 
-    streamdit train --config=configs/streamdit_4b.py --workdir=gs://…/streamdit_4b --config.data.source=DIR
+    streamdit train --config=configs/streamdit_4b.py --workdir=runs/streamdit_4b --config.data.source=DIR
 
 DIR holds captioned video, or latents that `streamdit encode` made of it. This is the first stage of the paper's
 recipe, task learning (10k steps at 1e-4 on 128 H100); the next two go on from its checkpoint with
