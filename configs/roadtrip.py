@@ -98,9 +98,9 @@ def get_config() -> ml_collections.ConfigDict:
         dict(learning_rate=1.5e-3, warmup_steps=200, decay="cosine", final_scale=0.05, weight_decay=0.01)
     )
     mixture = ml_collections.ConfigDict()
-    # Text tells most where there is little else to see: p3 draws the levels of uniform buffers near noise.
+    # Text tells most where there is little else to see: p8 draws the levels of uniform buffers near noise.
     mixture.entries = (
-        ("N1c16s1p3", 3.0),
+        ("N1c16s1p8", 3.0),
         ("N1c16s1", 1.0),
         ("N8c2s1", 3.0),
         ("N16c1s1", 0.5),
