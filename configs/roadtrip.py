@@ -61,7 +61,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.sampling = ml_collections.ConfigDict()
     config.sampling.scheme = "N8c2s2"
-    config.sampling.guidance = 1.5
+    config.sampling.guidance = 2.0
     config.sampling.filling = "uniform"
 
     config.training = ml_collections.ConfigDict()

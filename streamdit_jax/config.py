@@ -177,6 +177,10 @@ class StageConfig:
             "abort_after_nonfinite",
         ):
             _require(getattr(self, field) >= 1, f"{field}: must be at least 1, not {getattr(self, field)}")
+        _require(
+            self.optimizer.warmup_steps <= self.steps,
+            f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than the stage's {self.steps} steps",
+        )
         _require(self.sample_every >= 0, f"sample_every: must not be negative, not {self.sample_every}")
         _require(0 <= self.ema_decay < 1, f"ema_decay: lies from 0 to below 1, not at {self.ema_decay}")
 

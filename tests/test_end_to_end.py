@@ -66,8 +66,9 @@ def test_real_video_is_ingested_trained_on_and_streamed(tmp_path):
         (folder / clip.name).write_bytes(clip.read_bytes())
         captions.append(json.dumps({"file": clip.name, "caption": f"real video of {clip.stem}"}))
     (folder / "captions.jsonl").write_text("\n".join(captions))
-    small = [f"--config.training.{stage}.steps=4" for stage in ("autoencoder", "flow_matching")]
-    small += [f"--config.training.{stage}.log_every=2" for stage in ("autoencoder", "flow_matching")]
+    stages = ("autoencoder", "text_alignment", "flow_matching")
+    few = {"steps": 4, "log_every": 2, "optimizer.warmup_steps": 1}
+    small = [f"--config.training.{stage}.{field}={value}" for stage in stages for field, value in few.items()]
     source = [f"--config.data.source={folder}", "--config.training.flow_matching.sample_every=0"]
     streamdit("train", "--config=configs/smoke.py", f"--workdir={tmp_path / 'run'}", *source, *small)
     pipeline = sd.load(tmp_path / "run")
