@@ -59,6 +59,10 @@ def test_the_4b_model_has_its_parameters():
         (["--config.training.flow_matching.num_frames=0"], "training.flow_matching.num_frames: must be at least 1"),
         (["--config.training.autoencoder.optimizer.learning_rate=0.0"], "training.autoencoder.optimizer.learning_rate"),
         (["--config.tae.widths=(64,)"], "tae.widths"),
+        (
+            ["--config.training.text_alignment.steps=9"],
+            "training.text_alignment.optimizer.warmup_steps: 50 is more than",
+        ),
         (["extra"], "extra: unknown argument"),
     ],
 )
