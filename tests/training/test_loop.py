@@ -14,7 +14,7 @@ import jax
 import numpy as np
 import pytest
 
-from streamdit_jax.errors import CheckpointError, ConfigError, DataError, StreamDiTError
+from streamdit_jax.errors import CheckpointError, DataError, StreamDiTError
 from streamdit_jax.training.checkpoint import Checkpoints
 from streamdit_jax.training.metrics import read_metrics
 
