@@ -3,8 +3,8 @@
     streamdit train --config=configs/smoke.py --workdir=/tmp/smoke && streamdit stream "a red car" --model=/tmp/smoke
     --seconds=2
 
-Expect an autoencoder of about 24 dB and coloured noise that moves: it shows that everything fits together, not what
-the model can do.
+Expect an autoencoder of about 25 dB on its training clips and coloured noise that moves: it shows that everything
+fits together, not what the model can do.
 """
 
 import ml_collections

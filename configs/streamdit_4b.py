@@ -3,9 +3,9 @@
     streamdit train --config=configs/streamdit_4b.py --workdir=runs/streamdit_4b --config.data.source=DIR
 
 DIR holds captioned video, or latents that `streamdit encode` made of it. This is the first stage of the paper's
-recipe, task learning (10k steps at 1e-4 on 128 H100); the next two go on from its checkpoint with
---config.training.flow_matching.optimizer.learning_rate=1e-5. The text encoders have the shapes of UL2, ByT5-Base and
-a CLIP-sized encoder of 256 tokens (Movie Gen §3.1.3).
+recipe, task learning (10k steps at 1e-4 on 128 H100); the next two fine-tune its model with
+--config.training.flow_matching.start_from=MODEL and --config.training.flow_matching.optimizer.learning_rate=1e-5.
+The text encoders have the shapes of UL2, ByT5-Base and a CLIP-sized encoder of 256 tokens (Movie Gen §3.1.3).
 """
 
 import ml_collections
@@ -59,6 +59,7 @@ def get_config() -> ml_collections.ConfigDict:
     stage.steps = 10_000
     stage.batch_size = 128
     stage.num_frames = 16
+    stage.start_from = ""
     stage.ema_decay = 0.9999
     stage.optimizer = ml_collections.ConfigDict(dict(learning_rate=1e-4, warmup_steps=500, decay="constant", b2=0.95))
     stage.objective = ml_collections.ConfigDict()

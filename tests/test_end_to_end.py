@@ -80,8 +80,9 @@ def test_real_video_is_ingested_trained_on_and_streamed(tmp_path):
 
     latents = open_records(tmp_path / "latents")
     assert len(latents) >= 3 and latents.shape[1:] == (8, 8, 16)
-    # Latents on disk are a source, too, with the autoencoder that made them.
+    # Latents on disk are a source, too, with the autoencoder that made them; and a model is fine-tuned on them.
     again = [f"--config.data.source={tmp_path / 'latents'}", f"--config.data.autoencoder={tmp_path / 'run'}", *small]
+    again.append(f"--config.training.flow_matching.start_from={tmp_path / 'run'}")
     streamdit("train", "--config=configs/smoke.py", f"--workdir={tmp_path / 'again'}", *again)
     assert next(sd.load(tmp_path / "again").stream("bikes")).shape == (8, 64, 64, 3)
     decoded = np.asarray(pipeline.decode(latents[0]["latents"][None].astype(np.float32), None)[0])[0]
