@@ -12,6 +12,7 @@ TRAIN = [
     "array_record>=0.8",
     "tensorboardX>=2.6",
 ]
+SERVE = ["starlette>=1.0", "uvicorn>=0.50", "websockets>=15"]
 FIGURES = ["matplotlib>=3.8", "pillow>=10"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"]
 
@@ -24,7 +25,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["streamdit_jax", "streamdit_jax.*"]),
-    package_data={"streamdit_jax": ["bundled/*/*"]},
+    package_data={"streamdit_jax": ["bundled/*/*", "serving/page/*"]},
     install_requires=[
         "jax>=0.10",
         "flax>=0.12",
@@ -38,7 +39,8 @@ setup(
     extras_require={
         "train": TRAIN,
         "figures": FIGURES,
-        "test": TRAIN + FIGURES + TEST,
+        "serve": SERVE,
+        "test": TRAIN + FIGURES + SERVE + TEST,
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
     },

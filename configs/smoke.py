@@ -1,4 +1,4 @@
-"""Data → autoencoder → DiT → stream in under three minutes on two CPU cores; the end-to-end test.
+"""Data → autoencoder → text → DiT → student → stream in under three minutes on two CPU cores; the end-to-end test.
 
     streamdit train --config=configs/smoke.py --workdir=/tmp/smoke && streamdit stream "a red car" --model=/tmp/smoke
     --seconds=2
@@ -9,11 +9,11 @@ fits together, not what the model can do.
 
 import ml_collections
 
-from configs import roadtrip
+from configs import roadtrip_distill, roadtrip_image
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = roadtrip.get_config()
+    config = roadtrip_image.get_config()
     config.name = "smoke"
     config.data.num_clips = 24
     config.data.clip_frames = 40
@@ -35,7 +35,12 @@ def get_config() -> ml_collections.ConfigDict:
     config.dit.windows = ((4, 4, 4),)
     config.sampling.scheme = "N4c2s1"
 
-    for stage in (config.training.autoencoder, config.training.text_alignment, config.training.flow_matching):
+    config.training.flow_matching.train_text = True
+    config.training.distillation = roadtrip_distill.get_config().training.distillation
+    config.training.distillation.teacher = ""
+    config.training.distillation.scheme = "N4c2s1"
+    config.training.distillation.teacher_steps = 2
+    for stage in config.training.values():
         stage.steps = 30
         stage.batch_size = 4
         stage.log_every = 10

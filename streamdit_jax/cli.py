@@ -1,4 +1,4 @@
-"""The command line: streamdit stream | train | encode | evaluate | export | figure.
+"""The command line: streamdit stream | train | encode | evaluate | bench | serve | export | figure.
 
 A user's mistake ends in one clear line on standard error and exit code 2; with --json, standard output holds one JSON
 object and nothing else.
@@ -7,16 +7,15 @@ object and nothing else.
 import argparse
 import json
 import os
+import shlex
 import sys
-import time
 from pathlib import Path
 
 from streamdit_jax.errors import ConfigError, StreamDiTError
 
 DEFAULT_PROMPT = "a red car drives past green hills on a sunny day"
-SHEET_COLUMNS = 16
 # What the extras of setup.py bring: whoever lacks one is told which.
-EXTRAS = {"matplotlib": "figures", "PIL": "figures"}
+EXTRAS = {"matplotlib": "figures", "PIL": "figures", "starlette": "serve", "uvicorn": "serve", "websockets": "serve"}
 
 
 def _enable_compilation_cache() -> None:
@@ -31,90 +30,10 @@ def _enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
-def _switch(text: str) -> tuple[float, str]:
-    seconds, colon, prompt = text.partition(":")
-    try:
-        at = float(seconds)
-    except ValueError:
-        at = -1.0
-    if not colon or not 0 <= at < float("inf"):
-        raise ConfigError(f'--at: {text!r} is not SECONDS:PROMPT, such as 4:"a red car drives through snow"')
-    return at, prompt
-
-
 def _stream(arguments) -> int:
-    started = time.perf_counter()
-    switches = sorted((_switch(text) for text in arguments.at), key=lambda switch: switch[0])
-    if not arguments.seconds > 0 or arguments.seconds == float("inf"):
-        raise ConfigError(f"--seconds: must be a positive number, not {arguments.seconds}")
-    out = Path(arguments.out)
-    if not out.parent.is_dir():
-        raise ConfigError(f"--out: there is no directory {out.parent} to write {out.name} to")
+    from streamdit_jax import cli_stream
 
-    import numpy as np
-    from tqdm import tqdm
-
-    from streamdit_jax.data.video import VideoWriter
-    from streamdit_jax.evaluation.figures import contact_sheet
-    from streamdit_jax.pipeline import load
-
-    _enable_compilation_cache()
-    pipeline = load(arguments.model)
-    for _, prompt in switches:
-        pipeline.encode_prompt(prompt)  # a prompt that is too long is found before the first frame, not in the middle
-    stream = pipeline.stream(
-        arguments.prompt,
-        arguments.seed,
-        scheme=arguments.scheme,
-        guidance=arguments.guidance,
-        filling=arguments.filling,
-    )
-    rate, data = pipeline.frame_rate, pipeline.config.data
-    wanted = max(1, round(arguments.seconds * rate))
-    made, writing, kept, switched = 0, 0.0, [], []
-    bar = tqdm(total=wanted, unit="frame", desc="filling", disable=arguments.quiet or arguments.json, file=sys.stderr)
-    with bar, VideoWriter(out, rate, data.height, data.width) as writer:
-        while made < wanted:
-            while switches and made >= switches[0][0] * rate:
-                switched.append(switches.pop(0))
-                stream.prompt = switched[-1][1]
-            frames = next(stream)[: wanted - made]
-            if made == 0:
-                first = time.perf_counter()
-                bar.set_description("streaming")
-            began = time.perf_counter()
-            writer.write(frames)
-            writing += time.perf_counter() - began
-            made += len(frames)
-            bar.update(len(frames))
-            if arguments.sheet:
-                kept.append(frames)
-    ended = time.perf_counter()
-    seconds = {name: round(value, 3) for name, value in {**stream.seconds, "write": writing}.items()}
-    if arguments.sheet:
-        prompts = [arguments.prompt, *(f"{at:g} s: {prompt}" for at, prompt in switched)]
-        contact_sheet([("   |   ".join(prompts), np.concatenate(kept))], arguments.sheet, columns=SHEET_COLUMNS)
-    report = {
-        "out": str(out),
-        "frames": made,
-        "seconds": round(ended - started, 3),
-        "frames_per_second": round(made / (ended - started), 2),
-        "first_frame_seconds": round(first - started, 3),
-        "forwards": stream.forwards,
-        "parts_seconds": seconds,
-        "scheme": str(stream.scheme),
-        "guidance": stream.guidance,
-        "seed": arguments.seed,
-    }
-    if arguments.json:
-        print(json.dumps(report))
-    else:
-        parts = ", ".join(f"{name} {value:.1f} s" for name, value in seconds.items())
-        print(
-            f"{out}: {made} frames in {ended - started:.1f} s, {made / (ended - started):.1f} frames per second "
-            f"(first frame after {first - started:.1f} s; {stream.forwards} micro steps; {parts})"
-        )
-    return 0
+    return cli_stream.stream(arguments, _enable_compilation_cache)
 
 
 def _train(arguments) -> int:
@@ -184,17 +103,63 @@ def _evaluate(arguments) -> int:
         seconds=arguments.seconds,
         scheme=arguments.scheme,
         guidance=arguments.guidance,
+        filling=arguments.filling,
+        split=arguments.split,
+        batch=arguments.batch,
         seed=arguments.seed,
         sheet=arguments.sheet,
+        rows=arguments.row,
+        table=arguments.table,
     )
+    report = {"command": arguments.spelled, **report}
     print(json.dumps(report, indent=None if arguments.json else 1))
     return 0
 
 
-def _figure(arguments) -> int:
-    from streamdit_jax.evaluation.figures import draw_levels
+def _bench(arguments) -> int:
+    _enable_compilation_cache()
+    from streamdit_jax.bench.run import run
 
-    draw_levels(arguments.schemes, arguments.out)
+    report = run(
+        arguments.overrides,
+        arguments.model,
+        what=arguments.what,
+        precision=arguments.precision,
+        scheme=arguments.scheme,
+        guidance=arguments.guidance,
+        filling=arguments.filling,
+        seconds=arguments.seconds,
+        sessions=arguments.sessions,
+    )
+    report = {"command": arguments.spelled, **report}
+    print(json.dumps(report, indent=None if arguments.json else 1))
+    return 0
+
+
+def _serve(arguments) -> int:
+    _enable_compilation_cache()
+    from streamdit_jax.serving.command import serve
+
+    serve(
+        arguments.model,
+        host=arguments.host,
+        port=arguments.port,
+        token=arguments.token or os.environ.get("STREAMDIT_TOKEN"),
+        origins=arguments.origin,
+        sessions=arguments.max_sessions,
+        idle_seconds=arguments.idle_seconds,
+        scheme=arguments.scheme,
+        filling=arguments.filling,
+    )
+    return 0
+
+
+def _figure(arguments) -> int:
+    from streamdit_jax.evaluation.figures import draw_curves, draw_levels
+
+    if arguments.curves and arguments.schemes:
+        raise ConfigError("--curves: draws training stages; give schemes or stages, not both")
+    (draw_curves if arguments.curves else draw_levels)(arguments.curves or arguments.schemes, arguments.out)
     print(arguments.out)
     return 0
 
@@ -226,6 +191,14 @@ def _parser() -> argparse.ArgumentParser:
     stream.add_argument(
         "--at", action="append", default=[], metavar="SECONDS:PROMPT", help="switch the prompt mid-stream"
     )
+    stream.add_argument(
+        "--transition", type=int, default=0, metavar="CHUNKS", help="chunks over which --at interpolates; 0 switches"
+    )
+    stream.add_argument("--video", metavar="FILE", help="a video to start from: its frames steer the stream's")
+    stream.add_argument("--image", metavar="FILE", help="a picture to start from")
+    stream.add_argument(
+        "--strength", type=float, default=0.6, help="how far to leave them behind: 0 keeps them, 1 forgets them"
+    )
     stream.add_argument("--filling", choices=("uniform", "ramp"), help="how the buffer is filled")
     stream.add_argument("--sheet", metavar="FILE.png", help="also write a strip of frames")
     stream.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -248,16 +221,55 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     export.add_argument("--report", action="append", default=[], help="a JSON report of `streamdit evaluate`")
 
-    evaluate = command("evaluate", _evaluate, "measure an autoencoder's fidelity, or what a probe sees in streams")
-    evaluate.add_argument("what", choices=("autoencoder", "streams"))
-    evaluate.add_argument("--prompts", type=int, default=100, help="held-out clips or prompts")
-    evaluate.add_argument("--seconds", type=float, default=8.0, help="where a stream is judged")
+    evaluate = command("evaluate", _evaluate, "measure what a model makes: PSNR, and what a probe reads in streams")
+    evaluate.add_argument("what", choices=("autoencoder", "streams", "long", "switch", "samplers"))
+    evaluate.add_argument("--prompts", type=int, help="clips or prompts; 10 to 100, by what is measured")
+    evaluate.add_argument("--seconds", type=float, help="where a stream is judged, or switched; 8, or 60 for long")
+    evaluate.add_argument(
+        "--split", choices=("held_out", "seen", "both"), help="combinations that training never saw, or did see"
+    )
+    evaluate.add_argument("--batch", type=int, default=8, help="streams in one forward")
+    evaluate.add_argument("--filling", choices=("uniform", "ramp"), help="how buffers are filled")
     evaluate.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet of the first ones")
+    evaluate.add_argument(
+        "--row",
+        action="append",
+        default=[],
+        metavar="MODEL:SCHEME:GUIDANCE[:FILLING]",
+        help="samplers: a line of the table; repeat it",
+    )
+    evaluate.add_argument("--table", metavar="FILE.md", help="samplers: also write the table as Markdown")
     sampling(evaluate)
 
-    figure = command("figure", _figure, "draw a scheme's levels over frames and micro steps")
-    figure.add_argument("schemes", nargs="+")
-    figure.add_argument("--out", default="levels.png")
+    bench = command("bench", _bench, "measure the streaming loop, or the training step, on this machine")
+    bench.add_argument("--what", choices=("stream", "train"), default="stream")
+    bench.add_argument("--model", help="a bundled model's name, or a directory that train wrote")
+    bench.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    bench.add_argument("--scheme", help="partition scheme, such as N8c2s2; the configuration's own by default")
+    bench.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
+    bench.add_argument("--filling", choices=("uniform", "ramp"), help="how the buffer is filled")
+    bench.add_argument("--seconds", type=float, default=60.0, help="how long the loop runs end to end")
+    bench.add_argument("--sessions", default="1,2,4", help="numbers of sessions in one batch")
+    bench.add_argument("--json", action="store_true", help="one JSON object on one line")
+    bench.epilog = "--config=FILE.py instead of --model: random weights; --config.a.b=VALUE overrides a field of it."
+
+    serve = command("serve", _serve, "serve live streams, and a page to steer them by, until Ctrl-C")
+    serve.add_argument("--model", default="roadtrip", help="a bundled model's name, or a directory that train wrote")
+    serve.add_argument("--scheme", help="partition scheme, such as N8c2s2; the model's own by default")
+    serve.add_argument("--filling", choices=("uniform", "ramp"), help="how a stream's buffer is filled")
+    serve.add_argument("--host", default="127.0.0.1", help="where to listen; beyond this machine only with --token")
+    serve.add_argument("--port", type=int, default=8000, help="0 takes a free one; what it is, is printed")
+    serve.add_argument("--token", help="what viewers must know; the environment's STREAMDIT_TOKEN otherwise")
+    serve.add_argument("--origin", action="append", default=[], help="a site whose pages may connect, too")
+    serve.add_argument("--max-sessions", type=int, default=4, help="how many may watch at once")
+    serve.add_argument("--idle-seconds", type=float, default=600.0, help="how long a viewer may do nothing")
+
+    figure = command("figure", _figure, "draw schemes' levels over frames and micro steps, or training's curves")
+    figure.add_argument("schemes", nargs="*")
+    figure.add_argument(
+        "--curves", nargs="+", metavar="RUN/STAGE", help="stages of training, each with a metrics.jsonl"
+    )
+    figure.add_argument("--out", default="figure.png")
     return parser
 
 
@@ -265,7 +277,8 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command; returns 0, or 2 for a mistake in what was given."""
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
-    if arguments.command == "train":
+    arguments.spelled = shlex.join(["streamdit", *(sys.argv[1:] if argv is None else argv)])
+    if arguments.command in ("train", "bench"):
         arguments.overrides = rest
     elif rest:
         parser.error(f"unknown argument {rest[0]}")

@@ -14,17 +14,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from streamdit_jax import partition
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.dit import DiTConfig
 from streamdit_jax.models.tae import TAEConfig
 from streamdit_jax.models.text import TextConfig
 from streamdit_jax.partition import PartitionScheme
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
+from streamdit_jax.stages import TrainingConfig, require
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,167 +44,7 @@ class DataConfig:
 
     def __post_init__(self):
         for field in ("num_clips", "clip_frames", "captions_per_clip", "height", "width", "frame_rate"):
-            _require(getattr(self, field) > 0, f"{field}: must be positive, not {getattr(self, field)}")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW with warm-up. decay: cosine (to final_scale of the learning rate at the last step) | constant."""
-
-    learning_rate: float
-    warmup_steps: int = 100
-    decay: str = "cosine"
-    final_scale: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.99
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-
-    def __post_init__(self):
-        _require(self.learning_rate > 0, f"learning_rate: must be positive, not {self.learning_rate}")
-        _require(self.decay in ("cosine", "constant"), f"decay: {self.decay!r} is not one of cosine, constant")
-        _require(self.warmup_steps >= 0, f"warmup_steps: must not be negative, not {self.warmup_steps}")
-        _require(0 <= self.final_scale <= 1, f"final_scale: lies between 0 and 1, not at {self.final_scale}")
-        _require(self.clip_norm > 0, f"clip_norm: must be positive, not {self.clip_norm}")
-
-
-@dataclasses.dataclass(frozen=True)
-class MixtureConfig:
-    """The mixture of partition schemes of a training run (StreamDiT §3.2); see `partition.mixture`.
-
-    entries: (scheme, weight) pairs, as ("N8c2s1", 1.0); training does not depend on the micro steps s.
-    uniform_share: share of plain text-to-video. draw: a scheme per "example" or per "batch".
-    shared_offset, ramp: shares of examples with one offset for all chunks, and of ramping-up buffers.
-    """
-
-    entries: tuple[tuple[str, float], ...]
-    uniform_share: float = 0.0
-    draw: str = "example"
-    shared_offset: float = 0.5
-    ramp: float = 0.0
-
-    def __post_init__(self):
-        _require(self.draw in ("example", "batch"), f"draw: {self.draw!r} is not one of example, batch")
-        for index, (spelling, _) in enumerate(self.entries):
-            try:
-                PartitionScheme.parse(spelling)
-            except ValueError as mistake:
-                raise ValueError(f"entries.{index}: {mistake}") from None
-        self.arrays()
-
-    @property
-    def schemes(self) -> tuple[PartitionScheme, ...]:
-        return tuple(PartitionScheme.parse(spelling) for spelling, _ in self.entries)
-
-    def arrays(self) -> partition.Mixture:
-        """The mixture as arrays, data to a compiled step."""
-        weighted = [(scheme, weight) for scheme, (_, weight) in zip(self.schemes, self.entries)]
-        return partition.mixture(
-            weighted, uniform_share=self.uniform_share, shared_offset=self.shared_offset, ramp=self.ramp
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderObjective:
-    """Weights of the autoencoder's losses; `image_share` of the examples count as one-frame videos (Movie Gen
-    §3.1.1).
-    """
-
-    l1: float = 1.0
-    mse: float = 2.0
-    gradient: float = 0.5
-    kl: float = 1e-4
-    outlier: float = 1e-3
-    outlier_radius: float = 3.0
-    image_share: float = 0.25
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            _require(
-                getattr(self, field.name) >= 0, f"{field.name}: must not be negative, not {getattr(self, field.name)}"
-            )
-        _require(self.image_share <= 1, f"image_share: lies between 0 and 1, not at {self.image_share}")
-
-
-@dataclasses.dataclass(frozen=True)
-class FlowMatchingObjective:
-    """Buffered flow matching over a mixture of partition schemes; captions are dropped for guidance at
-    `caption_dropout`.
-    """
-
-    mixture: MixtureConfig
-    caption_dropout: float = 0.1
-
-    def __post_init__(self):
-        _require(
-            0 <= self.caption_dropout <= 1, f"caption_dropout: lies between 0 and 1, not at {self.caption_dropout}"
-        )
-
-
-@dataclasses.dataclass(frozen=True)
-class StageConfig:
-    """What every stage of training has. batch_size counts all devices; intervals are in steps, 0 for never.
-
-    num_frames: frames of an example: of pixels for the autoencoder, of latents (the whole buffer) for the transformer.
-    abort_after_nonfinite: so many non-finite steps in a row end the run; each is skipped and counted.
-    """
-
-    steps: int
-    batch_size: int
-    num_frames: int
-    optimizer: OptimizerConfig
-    ema_decay: float = 0.999
-    log_every: int = 50
-    checkpoint_every: int = 500
-    keep_checkpoints: int = 2
-    sample_every: int = 0
-    abort_after_nonfinite: int = 10
-
-    def __post_init__(self):
-        for field in (
-            "steps",
-            "batch_size",
-            "num_frames",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "abort_after_nonfinite",
-        ):
-            _require(getattr(self, field) >= 1, f"{field}: must be at least 1, not {getattr(self, field)}")
-        _require(
-            self.optimizer.warmup_steps <= self.steps,
-            f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than the stage's {self.steps} steps",
-        )
-        _require(self.sample_every >= 0, f"sample_every: must not be negative, not {self.sample_every}")
-        _require(0 <= self.ema_decay < 1, f"ema_decay: lies from 0 to below 1, not at {self.ema_decay}")
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoencoderStage(StageConfig):
-    objective: AutoencoderObjective = AutoencoderObjective()
-
-
-@dataclasses.dataclass(frozen=True)
-class TextAlignmentStage(StageConfig):
-    """Text encoders alone, so that a DiT finds something to read; see `training.text_alignment`."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class FlowMatchingStage(StageConfig):
-    """start_from: a model, bundled or a directory, whose text encoders and DiT are fine-tuned (§5.1); "" for none."""
-
-    objective: FlowMatchingObjective
-    start_from: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig:
-    """The stages of a run, in the order in which they run; a stage that is absent is skipped."""
-
-    autoencoder: AutoencoderStage | None = None
-    text_alignment: TextAlignmentStage | None = None
-    flow_matching: FlowMatchingStage | None = None
+            require(getattr(self, field) > 0, f"{field}: must be positive, not {getattr(self, field)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,7 +60,7 @@ class SamplingConfig:
             PartitionScheme.parse(self.scheme)
         except ValueError as mistake:
             raise ValueError(f"scheme: {mistake}") from None
-        _require(self.filling in ("uniform", "ramp"), f"filling: {self.filling!r} is not one of uniform, ramp")
+        require(self.filling in ("uniform", "ramp"), f"filling: {self.filling!r} is not one of uniform, ramp")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,10 +73,10 @@ class MeshConfig:
 
     def __post_init__(self):
         sizes = [getattr(self, field.name) for field in dataclasses.fields(self)]
-        _require(
+        require(
             all(size == -1 or size >= 1 for size in sizes), f"data: axes have at least 1 device, or −1; not {sizes}"
         )
-        _require(sizes.count(-1) <= 1, f"data: only one axis can take what is left (−1), not {sizes.count(-1)}")
+        require(sizes.count(-1) <= 1, f"data: only one axis can take what is left (−1), not {sizes.count(-1)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,14 +89,14 @@ class Config:
     dit: DiTConfig
     sampling: SamplingConfig
     data: DataConfig = DataConfig()
-    training: TrainingConfig = TrainingConfig()
+    training: TrainingConfig = dataclasses.field(default_factory=TrainingConfig)
     mesh: MeshConfig = MeshConfig()
     seed: int = 0
 
     def __post_init__(self):
-        _require(len(self.text) > 0, "text: give at least one text encoder")
+        require(len(self.text) > 0, "text: give at least one text encoder")
         frames, height, width, channels = self.dit.latent
-        _require(
+        require(
             channels == self.tae.latent_channels,
             f"dit.latent: {channels} channels, but tae.latent_channels is {self.tae.latent_channels}",
         )
@@ -270,27 +105,34 @@ class Config:
             ("height", self.data.height, tall, height),
             ("width", self.data.width, wide, width),
         ):
-            _require(
+            require(
                 size == factor * latent,
                 f"data.{field}: {size} pixels make {size / factor:g} latents after compression by {factor}, "
                 f"but dit.latent has {latent}",
             )
         schemes = [("sampling.scheme", PartitionScheme.parse(self.sampling.scheme))]
-        for field, stage in (
-            ("training.text_alignment", self.training.text_alignment),
-            ("training.flow_matching", self.training.flow_matching),
-        ):
-            if stage is None:
-                continue
-            if isinstance(stage, FlowMatchingStage):
-                mixture = stage.objective.mixture
-                schemes += [(f"{field}.objective.mixture.entries", scheme) for scheme in mixture.schemes]
-            _require(
-                stage.num_frames == frames,
-                f"{field}.num_frames: {stage.num_frames}, but dit.latent has {frames} frames",
+        flow_matching, distillation = self.training.flow_matching, self.training.distillation
+        for field, stage in (("flow_matching", flow_matching), ("distillation", distillation)):
+            if stage is not None:
+                require(
+                    stage.num_frames == frames,
+                    f"training.{field}.num_frames: {stage.num_frames}, but dit.latent has {frames} frames",
+                )
+        if distillation is not None:
+            require(
+                bool(distillation.teacher) or flow_matching is not None,
+                "training.distillation.teacher: names no model, and no stage flow_matching trains one; name one",
+            )
+            schemes.append(("training.distillation.scheme", PartitionScheme.parse(distillation.scheme)))
+        if flow_matching is not None:
+            field, stage = "training.flow_matching", flow_matching
+            schemes += [(f"{field}.objective.mixture.entries", scheme) for scheme in stage.objective.mixture.schemes]
+            require(
+                stage.train_text or stage.start_from or self.training.text_alignment is not None,
+                f"{field}.train_text: False leaves text encoders untrained; give start_from or training.text_alignment",
             )
         for field, scheme in schemes:
-            _require(
+            require(
                 scheme.buffer_size == frames,
                 f"{field}: {scheme} does not tile the buffer: it has {scheme.buffer_size} frames "
                 f"and dit.latent {frames}",

@@ -1,12 +1,12 @@
 """Text encoder, DiT and TAE as one thing: load(...) → .stream(prompt) → frames (StreamDiT §8; fig. 11).
 
-A stream owns the moving buffer and the decoder's carried state, so that frames decoded chunk by chunk are those of
-the whole clip. Prompt, guidance, seed and the levels of a scheme are data to one compiled step.
+A pipeline holds the weights and the compiled functions, which its streams share. Prompt, guidance, seed, input video
+and the levels of a scheme are data to one compiled step.
 """
 
 import functools
-import time
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ import numpy as np
 from streamdit_jax import stream as streaming
 from streamdit_jax import weights
 from streamdit_jax.config import Config, from_mapping
+from streamdit_jax.endless import START, Stream, checked_log, first_source
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
 from streamdit_jax.models.dit import DiT, Text, unstack
-from streamdit_jax.models.tae import TAE, initial_decoder_state
+from streamdit_jax.models.tae import TAE, initial_decoder_state, initial_encoder_state
 from streamdit_jax.models.text import TextEncoder, tokenize
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.snapshot import Snapshot
+from streamdit_jax.steering import side_by_side
+from streamdit_jax.video_input import VideoInput, frames_of
 
+_initial_state = jax.jit(streaming.initial_state, static_argnames=("scheme", "frame", "filling"))
 BUNDLED = Path(__file__).with_name("bundled")
 
 
@@ -98,14 +102,25 @@ class Pipeline:
         )
         self._dit_params = unstack(jax.tree.map(lambda x: jnp.asarray(x, dtype), params["dit"]))
         self._steps: dict[tuple, Any] = {}
+        self._constants: dict[tuple, Any] = {}
         self._encode_text = jax.jit(self._encode_text_once)
         self._decode = jax.jit(self._decode_once)
         self._encode_video = jax.jit(self._encode_video_once)
+        self._encode_frames = jax.jit(self._encode_frames_once)
 
     @property
     def frame_rate(self) -> float:
         """Frames per second of the video."""
         return self.config.data.frame_rate
+
+    @property
+    def latent_frames(self) -> int:
+        """Video frames per latent frame."""
+        return self.config.tae.compression[0]
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        return self.config.data.height, self.config.data.width
 
     def scheme(self, scheme: PartitionScheme | str | None) -> PartitionScheme:
         """The scheme, or the model's own for None. ConfigError where it does not tile the model's buffer."""
@@ -129,42 +144,114 @@ class Pipeline:
         scheme: PartitionScheme | str | None = None,
         guidance: float | None = None,
         filling: str | None = None,
-    ) -> "Stream":
+        video: Iterable[np.ndarray] | None = None,
+        image: np.ndarray | None = None,
+        strength: float = 0.6,
+        per_chunk_prompts: bool = False,
+    ) -> Stream:
         """An endless video: an iterator of uint8 [frames, height, width, 3].
 
-        scheme, guidance and filling are the model's own unless given. Raises ConfigError for a scheme that does not
-        tile the buffer or an unknown filling, and StreamDiTError for a prompt that is too long.
+        scheme, guidance and filling are the model's own unless given.
+        video: frames uint8 [height, width, 3], as an array [n, …] or any iterable, a camera's too; frame i steers frame
+            i (§5.4). After its end the stream runs free. image: one such frame, which the buffer is filled with, and
+            which is the first reference where K > 0; beside it a video steers only what enters.
+        strength: frames stay on the path to their input up to level 1 − strength: 0 is the input, 1 leaves nothing of
+            it.
+        per_chunk_prompts: each chunk keeps the prompt that it entered with.
+
+        Raises ConfigError, naming the field, for what cannot be, and StreamDiTError for a prompt that is too long.
         """
         sampling = self.config.sampling
-        scheme, filling = self.scheme(scheme), filling or sampling.filling
+        start = {
+            "seed": seed,
+            "prompt": prompt,
+            "scheme": str(self.scheme(scheme)),
+            "filling": filling or sampling.filling,
+            "guidance": sampling.guidance if guidance is None else guidance,
+            "strength": strength,
+            "per_chunk_prompts": bool(per_chunk_prompts),
+        }
+        return self._open(start, video, image)
+
+    def replay(
+        self, log: dict[str, Any], *, video: Iterable[np.ndarray] | None = None, image: np.ndarray | None = None
+    ) -> Stream:
+        """The stream whose `log` this is, from its first frame on, every change at its micro step; it goes on when the
+        log ends. video, image: what that stream was given.
+
+        Raises ConfigError for what is no log, or lacks its video or image; CheckpointError for another model's.
+        """
+        log = checked_log(log)
+        if log["fingerprint"] != self.fingerprint:
+            raise CheckpointError("log: was made by a model with other weights; load that model to replay it")
+        needed = {"video": log["video"] or any("video" in event for event in log["events"]), "image": log["image"]}
+        for name, given in (("video", video), ("image", image)):
+            if needed[name] != (given is not None):
+                raise ConfigError(f"{name}: the logged stream had {'one' if needed[name] else 'none'}")
+        start = {name: log[name] for name in START if name not in ("video", "image")}
+        self.scheme(start["scheme"])
+        stream = self._open(start, video, image, reads=log["video"])
+        stream.follow(log["events"])
+        return stream
+
+    def _open(self, start: dict[str, Any], video, image, *, reads: bool = True) -> Stream:
+        """A stream at its beginning: its noise, and what it is given to start from."""
+        scheme, seed, filling = PartitionScheme.parse(start["scheme"]), start["seed"], start["filling"]
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not -(2**31) <= seed < 2**32:
+            raise ConfigError(f"seed: a whole number of at most 32 bits, not {seed!r}")
+        if video is not None and not isinstance(video, VideoInput):
+            video = self.video_input(video)
+        given = {"image": image is not None, "video": video is not None and reads}
         try:
-            streaming.filling_rows(scheme, filling)
+            stream = Stream(self, {**start, **given, "seed": int(seed)}, video=video)
+        except ConfigError:
+            raise
         except ValueError as mistake:
             raise ConfigError(str(mistake)) from None
-        if not -(2**31) <= seed < 2**32:
-            raise ConfigError(f"seed: a whole number of at most 32 bits, not {seed}")
-        keys = jax.random.key(seed)[None]
-        state = streaming.initial_state(keys, scheme, self.config.dit.latent[1:], filling)
-        guidance = sampling.guidance if guidance is None else guidance
-        return Stream(self, prompt, scheme, guidance, filling, state, decoder=None, row=0)
+        source, frame, strength = None, self.config.dit.latent[1:], stream.strength
+        if image is not None:
+            frames = itertools.repeat(np.asarray(image)[None], self.config.dit.latent[0] * self.latent_frames)
+            still = VideoInput(self.encode_frames, frames_of(frames, *self._size, "image"), self.latent_frames)
+            source = first_source(still, scheme, frame, strength, references=True)
+            if scheme.num_references:
+                stream.unshown = source.latents[:, : scheme.num_references]
+        elif given["video"]:
+            source = first_source(video, scheme, frame, strength, references=filling == "uniform")
+            stream.encoder, stream.frames_read = video.state, video.frames_read
+        shape = PartitionScheme(scheme.num_references, scheme.num_chunks, scheme.chunk_size, 1)
+        key = jax.random.key(int(seed))[None]
+        stream.state = _initial_state(key, shape, frame, filling, source=source, references=stream.unshown)
+        return stream
 
-    def resume(self, snapshot: "Snapshot | str | Path") -> "Stream":
+    def resume(self, snapshot: "Snapshot | str | Path", *, video: Iterable[np.ndarray] | None = None) -> Stream:
         """Continues a stream where `Stream.snapshot` left it, bit for bit. CheckpointError for another model's or a
         damaged snapshot.
+
+        video: the rest of its input, from frame `snapshot.facts["frames_read"]` on; without it new frames are free.
         """
         snapshot = snapshot if isinstance(snapshot, Snapshot) else Snapshot.load(snapshot)
         if snapshot.facts["fingerprint"] != self.fingerprint:
             raise CheckpointError("snapshot: was made by a model with other weights; load that model to resume it")
-        scheme = PartitionScheme.parse(snapshot.facts["scheme"])
-        arrays = {name: jnp.asarray(value) for name, value in snapshot.arrays.items()}
-        state = streaming.StreamState(
-            *(arrays[name] for name in ("buffer", "queue", "present")),
-            keys=jax.random.wrap_key_data(arrays["keys"]),
-            next_chunk=arrays["next_chunk"],
-        )
-        decoder = tuple(arrays[f"decoder_{index}"] for index in range(snapshot.facts["decoder"])) or None
-        of_stream = (snapshot.facts[name] for name in ("guidance", "filling"))
-        return Stream(self, snapshot.facts["prompt"], scheme, *of_stream, state, decoder, snapshot.facts["row"])
+        try:
+            log = checked_log(snapshot.facts.get("log"))
+            stream = Stream(self, {name: log[name] for name in START})
+            stream.restore(snapshot, self._snapshot_shapes(self.scheme(log["scheme"])))
+        except (ValueError, TypeError, KeyError) as mistake:
+            raise CheckpointError(f"snapshot: cannot be continued by this version ({mistake})") from None
+        if video is not None:
+            stream.read(self.video_input(video, stream.encoder, stream.frames_read))
+        return stream
+
+    def _snapshot_shapes(self, scheme: PartitionScheme) -> dict[str, jax.ShapeDtypeStruct]:
+        """What the arrays of a snapshot look like."""
+        frame = self.config.dit.latent[1:]
+        state = jax.eval_shape(lambda: streaming.initial_state(jax.random.key(0)[None], scheme, frame))
+        shapes = state._asdict() | {"keys": jax.eval_shape(jax.random.key_data, state.keys)}
+        shapes["unshown"] = jax.ShapeDtypeStruct((1, scheme.num_references, *frame), jnp.float32)
+        for part, initial in (("decoder", initial_decoder_state), ("encoder", initial_encoder_state)):
+            leaves = jax.eval_shape(lambda initial=initial: initial(self.config.tae, 1, *self._size))
+            shapes |= {f"{part}_{index}": leaf for index, leaf in enumerate(leaves)}
+        return shapes
 
     def encode_prompt(self, prompt: str) -> Text:
         """The DiT's text input for one prompt. StreamDiTError where it has more bytes than the model takes."""
@@ -174,6 +261,23 @@ class Pipeline:
             raise StreamDiTError(str(mistake)) from None
         return self._encode_text(self._text_params, tokens[None], mask[None])
 
+    def null_text(self, per_chunk_prompts: bool = False) -> Text:
+        """The empty prompt's text, which guidance leads away from; in the form of prompts per chunk where asked."""
+        if ("null", per_chunk_prompts) not in self._constants:
+            null = self.encode_prompt("")
+            if per_chunk_prompts:
+                null = side_by_side(null, null, np.zeros((1, self.config.dit.latent[0]), bool))
+            self._constants["null", per_chunk_prompts] = null
+        return self._constants["null", per_chunk_prompts]
+
+    def no_source(self, scheme: PartitionScheme) -> streaming.Source:
+        """No input, for a chunk of one stream."""
+        size = scheme.chunk_size
+        if ("source", size) not in self._constants:
+            latents = jnp.zeros((1, size, *self.config.dit.latent[1:]))
+            self._constants["source", size] = streaming.Source(latents, np.zeros((1, size), np.float32))
+        return self._constants["source", size]
+
     def _encode_text_once(self, params, tokens, mask) -> Text:
         return tuple(
             (TextEncoder(config).apply({"params": params[str(index)]}, tokens, mask), mask)
@@ -181,124 +285,82 @@ class Pipeline:
         )
 
     def _decode_once(self, params, latents, state):
+        apart = isinstance(latents, tuple)
+        if apart:
+            latents, state = _join(latents), _join(state)
         video, state = TAE(self.config.tae).apply({"params": params}, latents, state, method=TAE.decode)
-        return jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8), state
+        video = jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
+        return (_split(video), _split(state)) if apart else (video, state)
 
     def _encode_video_once(self, params, video):
         return TAE(self.config.tae).apply({"params": params}, video, method=TAE.encode)[0]
+
+    def _encode_frames_once(self, params, frames, state):
+        video = frames[None].astype(jnp.float32) / 127.5 - 1
+        return TAE(self.config.tae).apply({"params": params}, video, state, method=TAE.encode)
+
+    def encode_frames(self, frames: np.ndarray, state: Any = None) -> tuple[jax.Array, Any]:
+        """Frames uint8 [F, H, W, 3] of one video → latents [1, f, h, w, C] and the encoder's state to carry on; None
+        starts a video.
+        """
+        if state is None:
+            state = initial_encoder_state(self.config.tae, 1, *self._size)
+        return self._encode_frames(self._tae_params, frames, state)
+
+    def video_input(self, video: Iterable[np.ndarray], state: Any = None, frames_read: int = 0) -> VideoInput:
+        """Frames uint8 [H, W, 3], or arrays of them, to steer a stream with; state, frames_read: to continue one."""
+        return VideoInput(self.encode_frames, frames_of(video, *self._size), self.latent_frames, state, frames_read)
 
     def encode_video(self, video: np.ndarray) -> jax.Array:
         """Video [b, F, H, W, 3] in [−1, 1] → normalised latents [b, f, h, w, C]."""
         return self._encode_video(self._tae_params, video)
 
-    def decode(self, latents: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    def decode(self, latents: Any, state: Any) -> tuple[Any, Any]:
         """Latents [b, f, h, w, C] → uint8 frames [b, F, H, W, 3] and the decoder's state to carry on; None starts a
         video.
+
+        Of videos that live apart: tuples of latents and of states of one video each give tuples of both.
         """
-        if state is None:
-            data = self.config.data
-            state = initial_decoder_state(self.config.tae, len(latents), data.height, data.width)
+        if isinstance(latents, tuple):
+            state = tuple(self.initial_decoder(1) if one is None else one for one in state)
+        else:
+            state = self.initial_decoder(len(latents)) if state is None else state
         return self._decode(self._tae_params, latents, state)
 
+    def initial_decoder(self, batch: int) -> Any:
+        """The decoder's state at the start of a video."""
+        return initial_decoder_state(self.config.tae, batch, *self._size)
+
     def step(self, scheme: PartitionScheme, masked: bool):
-        """The compiled step (state, row, condition) → (state, front), shared by all schemes of equal K, N and c."""
+        """The compiled step (state, row, condition, source=None) → (state, front) of a batch of streams, shared by all
+        schemes of equal K, N and c.
+
+        Streams that live apart go through one forward, too: tuples of states, conditions and sources of a batch of one
+        each, and their rows stacked, give tuples of states and fronts.
+        """
         shape = PartitionScheme(scheme.num_references, scheme.num_chunks, scheme.chunk_size, 1)
         if (shape, masked) not in self._steps:
 
-            def step(params, state, row, condition):
+            def step(params, state, row, condition, source=None):
                 def velocity(latents, text, levels, *present):
                     return DiT(self.config.dit).apply({"params": params}, latents, levels, text, *present)
 
-                return streaming.step(velocity, state, row, condition, shape, masked=masked)
+                apart = not isinstance(state, streaming.StreamState)
+                if apart:
+                    state, condition, source = map(_join, (state, condition, source))
+                result = streaming.step(velocity, state, row, condition, shape, source, masked=masked)
+                return tuple(map(_split, result)) if apart else result
 
             self._steps[shape, masked] = jax.jit(step, donate_argnums=1)
         return functools.partial(self._steps[shape, masked], self._dit_params)
 
 
-class Stream(Iterator[np.ndarray]):
-    """An endless video. Each `next` gives the frames that left the buffer: uint8 [frames, height, width, 3].
+def _join(trees: tuple) -> Any:
+    """Pytrees of one example each as a batch."""
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
 
-    Set `prompt` or `guidance` at any time: they take effect at the next micro step. `seconds` sums the time
-    spent in "forward" and "decode"; `forwards` counts micro steps.
-    """
 
-    def __init__(self, pipeline: Pipeline, prompt, scheme, guidance, filling, state, decoder, row: int):
-        self._pipeline, self.scheme, self._filling = pipeline, scheme, filling
-        self._state, self._decoder, self._row = state, decoder, row
-        self._fill, self._flow = streaming.filling_rows(scheme, filling), streaming.streaming_rows(scheme)
-        self._null = pipeline.encode_prompt("")
-        self.seconds, self.forwards = {"forward": 0.0, "decode": 0.0}, 0
-        self.prompt, self.guidance = prompt, guidance
-
-    @property
-    def prompt(self) -> str:
-        """What the video shows. Setting it runs the text encoder; StreamDiTError for a prompt that is too long
-        changes nothing.
-        """
-        return self._prompt
-
-    @prompt.setter
-    def prompt(self, prompt: str) -> None:
-        self._text, self._prompt = self._pipeline.encode_prompt(prompt), prompt
-
-    @property
-    def forwards_until_frames(self) -> int:
-        """Micro steps until frames leave the buffer."""
-        fill = len(self._fill.adopt)
-        if self._row >= fill:
-            return self.scheme.micro_steps - (self._row - fill) % self.scheme.micro_steps
-        made = self.scheme.num_references > 0 and self._filling == "uniform"
-        return fill - self._row + (0 if made else self.scheme.micro_steps)
-
-    def __next__(self) -> np.ndarray:
-        began = time.perf_counter()
-        latents = None
-        while latents is None:
-            latents = self._forward()
-        jax.block_until_ready(latents)
-        denoised = time.perf_counter()
-        frames, self._decoder = self._pipeline.decode(latents, self._decoder)
-        frames = np.asarray(frames)[0]
-        self.seconds["forward"] += denoised - began
-        self.seconds["decode"] += time.perf_counter() - denoised
-        return frames
-
-    def _forward(self) -> jax.Array | None:
-        """One micro step; the clean latents if frames left the buffer."""
-        fill, references = len(self._fill.adopt), self.scheme.num_references
-        if self._row < fill:
-            row = streaming.row_at(self._fill, self._row)
-        else:
-            row = streaming.row_at(self._flow, (self._row - fill) % self.scheme.micro_steps)
-        condition = streaming.Condition(self._text, self._null, np.full(1, self.guidance, np.float32))
-        step = self._pipeline.step(self.scheme, masked=self._filling == "ramp")
-        self._state, front = step(self._state, row, condition)
-        self._row += 1
-        self.forwards += 1
-        if row.adopt and references:
-            return self._state.buffer[:, :references]
-        return front if row.advance else None
-
-    def snapshot(self) -> Snapshot:
-        """The stream between two micro steps, to `save`, `resume`, fork or move."""
-        state = self._state
-        arrays = {
-            "buffer": state.buffer,
-            "queue": state.queue,
-            "present": state.present,
-            "keys": jax.random.key_data(state.keys),
-            "next_chunk": state.next_chunk,
-        }
-        decoder = self._decoder or ()
-        arrays |= {f"decoder_{index}": leaf for index, leaf in enumerate(decoder)}
-        facts = {
-            "fingerprint": self._pipeline.fingerprint,
-            "prompt": self.prompt,
-            "guidance": float(self.guidance),
-            "scheme": str(self.scheme),
-            "filling": self._filling,
-            "row": self._row,
-            "decoder": len(decoder),
-        }
-        # Copies: the buffers themselves are donated to the next step.
-        return Snapshot(facts, {name: np.array(value) for name, value in arrays.items()})
+def _split(tree: Any) -> tuple:
+    """A batch as pytrees of one example each."""
+    count = len(jax.tree.leaves(tree)[0])
+    return tuple(jax.tree.map(lambda leaf, index=index: leaf[index : index + 1], tree) for index in range(count))

@@ -14,13 +14,14 @@ import safetensors.numpy
 from streamdit_jax.errors import CheckpointError
 
 MARK = "streamdit_snapshot"
-FACTS = {"fingerprint", "prompt", "guidance", "scheme", "filling", "row", "decoder"}
+# What every snapshot tells, whichever version wrote it; the rest is between a stream and `Pipeline.resume`.
+FACTS = {"fingerprint", "prompt", "guidance", "scheme", "filling"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Snapshot:
-    """facts: scheme, prompt, guidance, filling, row, and the model's fingerprint; arrays: the buffer and the
-    decoder's carried state.
+    """facts: the model's fingerprint, scheme and filling, prompt and guidance as they stand, the stream's log, and how
+    far its input video was read; arrays: the buffer, and the carried states of decoder and encoder.
     """
 
     facts: dict[str, Any]
@@ -57,8 +58,11 @@ class Snapshot:
             raise CheckpointError(f"{path}: is damaged or no snapshot ({mistake})") from None
         digest = described.pop("sha256", None)
         snapshot = cls(described, arrays)
-        if described.keys() != FACTS or digest != snapshot._digest():
+        if digest != snapshot._digest():
             raise CheckpointError(f"{path}: is damaged: its contents do not match their SHA-256")
+        if not described.keys() >= FACTS:
+            missing = ", ".join(sorted(FACTS - described.keys()))
+            raise CheckpointError(f"{path}: is damaged or no snapshot (it does not tell {missing})")
         return snapshot
 
     def _digest(self) -> str:

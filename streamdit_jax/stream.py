@@ -11,12 +11,17 @@ Filling (fig. 13) is rows too, so that it runs through the same compiled step: `
 together and keeps, for each place of the buffer, the snapshot at that place's level; `ramp` starts from one noise
 chunk and lets the others enter one by one.
 
-The noise of chunk i is drawn from fold_in(key, i): a stream is the same however it is cut, resumed or batched. A
-model is known here only as `velocity(latents, text, levels)`, with the mask of existing frames as a fourth argument
+A batch is independent streams: each has its own row, so that one may fill while another shifts and a third is idle.
+The noise of chunk i is drawn from fold_in(key, i): a stream is the same however it is cut, resumed or batched.
+
+Video to video (SDEdit, §5.4): a frame that enters with an input x_in of its own stays on the straight path from its
+noise ε to x_in, whose velocity x_in − (1 − σ)·ε is constant, while its level is below `hold_until`; then it runs free.
+
+A model is known here only as `velocity(latents, text, levels)`, with the mask of existing frames as a fourth argument
 while a buffer ramps up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,15 +41,30 @@ class StreamState(NamedTuple):
 
     buffer: latents [batch, B, height, width, channels], float32. queue: the places that filling has finished, same
         shape.
-    present: [batch, B], False for frames that do not exist yet. keys: one key per stream. next_chunk: number of the
-        chunk that enters next.
+    path: the constant velocity from a frame's noise to its input, same shape. hold_until: [batch, B], the level below
+        which that velocity is taken instead of the predicted one; 0 for frames without an input.
+    present: [batch, B], False for frames that do not exist yet. keys: one key per stream. next_chunk: [batch], number
+        of the chunk that enters next.
     """
 
     buffer: Float[Array, "b f h w c"]
     queue: Float[Array, "b f h w c"]
+    path: Float[Array, "b f h w c"]
+    hold_until: Float[Array, "b f"]
     present: Bool[Array, "b f"]
     keys: Array
-    next_chunk: Int[Array, ""]
+    next_chunk: Int[Array, "b"]
+
+
+class Source(NamedTuple):
+    """The input of frames that enter: of the c frames at the tail, or of a whole buffer at its start (§5.4).
+
+    latents: [batch, frames, height, width, channels]. hold_until: [batch, frames], the level 1 − strength up to which a
+        frame stays on the path to its input; 0 leaves it free from the first step.
+    """
+
+    latents: Float[Array, "b f h w c"]
+    hold_until: Float[Array, "b f"]
 
 
 class Condition(NamedTuple):
@@ -60,7 +80,8 @@ class Condition(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One forward. Stacked along a leading axis, rows are a program for a scan.
+    """One forward: of all streams of a batch alike, or, by `stack_rows`, of each its own. Stacked along a leading axis,
+    rows are also a program for a scan.
 
     levels: [2, B], each frame's flow time before and after. enter: [B], frames that exist from here on. keep: [B],
         frames whose value after the step goes to the queue. adopt: the queue becomes the buffer. advance: the step
@@ -79,6 +100,17 @@ def row_at(rows: Row, index: int) -> Row:
     return Row(*(values[index] for values in rows))
 
 
+def stack_rows(rows: Sequence[Row]) -> Row:
+    """The rows of a batch's streams, each [batch, …]: streams in one forward need not be in step."""
+    return Row(*(np.stack(values) for values in zip(*rows)))
+
+
+def idle_row(scheme: PartitionScheme) -> Row:
+    """The row that leaves a stream bit for bit as it is: no level changes, nothing enters, nothing is emitted."""
+    nothing = np.zeros(scheme.buffer_size, bool)
+    return Row(np.ones((2, scheme.buffer_size), np.float32), nothing, nothing, np.bool_(False), np.bool_(False))
+
+
 def streaming_rows(scheme: PartitionScheme) -> Row:
     """The s rows that carry every chunk one place forward (§3.1). The chunk at the tail exists from here on, if it
     did not before.
@@ -94,20 +126,23 @@ def streaming_rows(scheme: PartitionScheme) -> Row:
     )
 
 
-def filling_rows(scheme: PartitionScheme, filling: str = "uniform") -> Row:
+def filling_rows(scheme: PartitionScheme, filling: str = "uniform", *, given_references: bool = False) -> Row:
     """The rows that fill a buffer from noise (§8, fig. 13): "uniform" or "ramp". ValueError otherwise.
 
-    Uniform takes (N − 1)·s forwards, and T = N·s where there are references, which it makes. Ramp takes (N − 1)·s.
+    Uniform takes (N − 1)·s forwards, and T = N·s where there are references for it to make. Ramp takes (N − 1)·s.
+    given_references: the references are clean from the start (`initial_state`), and no one has to make them.
     """
     chunk, size = scheme.chunk_ids(), scheme.buffer_size
     if filling == "uniform":
-        steps = scheme.total_steps if scheme.num_references else scheme.total_steps - scheme.micro_steps
+        makes_references = scheme.num_references > 0 and not given_references
+        steps = scheme.total_steps if makes_references else scheme.total_steps - scheme.micro_steps
         grid = scheme.grid()
         pairs = np.stack([grid[:steps], grid[1 : steps + 1]], axis=1)
         reached = np.arange(1, steps + 1)[:, None]
         at_place = reached == (scheme.num_chunks - 1 - chunk) * scheme.micro_steps
+        levels = np.repeat(pairs[:, :, None], size, axis=2)
         return Row(
-            levels=np.repeat(pairs[:, :, None], size, axis=2),
+            levels=np.where((chunk < 0) & given_references, np.float32(1), levels),
             enter=np.zeros((steps, size), bool),
             keep=np.where(chunk < 0, reached == scheme.total_steps, at_place),
             adopt=np.arange(steps) == steps - 1,
@@ -129,25 +164,46 @@ def filling_rows(scheme: PartitionScheme, filling: str = "uniform") -> Row:
     raise ValueError(f"filling: {filling!r} is not one of uniform, ramp")
 
 
-def chunk_noise(keys: Array, chunk: Int[Array, ""], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    """The noise of one chunk for every stream: normal(fold_in(key, chunk))."""
-    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, chunk), shape, jnp.float32))(keys)
+def chunk_noise(keys: Array, chunk: Int[Array, "*#b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
+    """The noise of one chunk, or of each stream's own, for every stream: normal(fold_in(key, chunk))."""
+
+    def noise(key, chunk):
+        return jax.random.normal(jax.random.fold_in(key, chunk), shape, jnp.float32)
+
+    return jax.vmap(noise)(keys, jnp.broadcast_to(jnp.asarray(chunk, jnp.uint32), len(keys)))
 
 
 def initial_state(
-    keys: Array, scheme: PartitionScheme, frame: tuple[int, int, int], filling: str = "uniform"
+    keys: Array,
+    scheme: PartitionScheme,
+    frame: tuple[int, int, int],
+    filling: str = "uniform",
+    *,
+    source: Source | None = None,
+    references: Float[Array, "b K h w c"] | None = None,
 ) -> StreamState:
-    """A buffer of noise, before filling. keys: [batch]; frame: (height, width, channels) of a latent frame."""
+    """A buffer of noise, before filling. keys: [batch]; frame: (height, width, channels) of a latent frame.
+
+    source: an input for every frame of the buffer (video to video). references: clean latents that are the references
+    from the first step on; fill with `filling_rows(…, given_references=True)` then.
+    """
+    K = scheme.num_references
     chunks = [chunk_noise(keys, jnp.uint32(i), (scheme.chunk_size, *frame)) for i in range(scheme.num_chunks)]
-    references = chunk_noise(keys, REFERENCE_NOISE, (scheme.num_references, *frame))
-    buffer = jnp.concatenate([references, *chunks], axis=1)
-    shape = (len(keys), scheme.buffer_size)
+    buffer = jnp.concatenate([chunk_noise(keys, REFERENCE_NOISE, (K, *frame)), *chunks], axis=1)
+    present = jnp.full(buffer.shape[:2], filling == "uniform")
+    if source is None:
+        source = Source(jnp.zeros_like(buffer), jnp.zeros(buffer.shape[:2]))
+    path = flow.velocity_target(source.latents, buffer)
+    if references is not None:
+        buffer, present = buffer.at[:, :K].set(references), present.at[:, :K].set(True)
     return StreamState(
         buffer=buffer,
         queue=jnp.copy(buffer),  # of its own: both are donated to the first step
-        present=jnp.full(shape, filling == "uniform"),
+        path=path,
+        hold_until=jnp.array(source.hold_until, jnp.float32),
+        present=present,
         keys=keys,
-        next_chunk=jnp.uint32(scheme.num_chunks),
+        next_chunk=jnp.full(len(keys), scheme.num_chunks, jnp.uint32),
     )
 
 
@@ -171,43 +227,54 @@ def guided_velocity(
     return jax.lax.cond(jnp.all(condition.guidance == 1), unguided, guided)
 
 
+def _where(which: Bool[Array, "..."], this: Array, other: Array) -> Array:
+    """`jnp.where` by stream, or by stream and frame."""
+    return jnp.where(which.reshape(which.shape + (1,) * (this.ndim - which.ndim)), this, other)
+
+
 def step(
     velocity: Velocity,
     state: StreamState,
     row: Row,
     condition: Condition,
     scheme: PartitionScheme,
+    source: Source | None = None,
     *,
     masked: bool = False,
 ) -> tuple[StreamState, Float[Array, "b c h w channels"]]:
     """One forward: denoise by `row`, then keep, adopt, or emit, shift and refill (§3.1, eq. 6).
 
-    Of `scheme` only K, N and c are read; levels come from `row`, so schedules and micro steps are data. masked: give
-    the model the mask of existing frames; needed until a ramp-up, references included, is complete.
+    Of `scheme` only K and c are read; levels come from `row`, so schedules and micro steps are data. row: one for all
+    streams, or with a leading axis one for each (`stack_rows`); an idle one leaves its stream bit for bit as it is.
+    source: the input of the frames that enter with this row's advance; None for none. masked: give the model the mask
+    of existing frames; needed until a ramp-up, references included, is complete.
 
     Returns the state, and the frames [batch, c, …] at the place of chunk 0, which are clean when `row.advance`.
     """
     K, c = scheme.num_references, scheme.chunk_size
     row = jax.tree.map(jnp.asarray, row)
+    if row.advance.ndim == 0:
+        row = jax.tree.map(lambda x: jnp.broadcast_to(x, (len(state.keys), *x.shape)), row)
     present = state.present | row.enter
-    levels = jnp.broadcast_to(row.levels[:, None], (2, *present.shape))
-    predicted = guided_velocity(velocity, state.buffer, levels[0], condition, present if masked else None)
-    buffer = flow.euler_step(state.buffer, predicted, levels[0], levels[1])
-    queue = jnp.where(row.keep[:, None, None, None], buffer, state.queue)
-    buffer = jnp.where(row.adopt, queue, buffer)
+    now, then = row.levels[:, 0], row.levels[:, 1]
+    predicted = guided_velocity(velocity, state.buffer, now, condition, present if masked else None)
+    held = _where(now < state.hold_until, state.path, predicted)
+    buffer = flow.euler_step(state.buffer, held, now, then)
+    queue = _where(row.keep, buffer, state.queue)
+    buffer = _where(row.adopt, queue, buffer)
     front = buffer[:, K : K + c]
+    stays = buffer, state.path, state.hold_until, present, state.next_chunk
 
     def shift():
         # Dropping the first c frames also makes the references the last K of (references ∪ emitted).
-        def moved(x, incoming):
-            return jnp.concatenate([x[:, c:], incoming], axis=1)
-
         noise = chunk_noise(state.keys, state.next_chunk, front.shape[1:])
-        entered = jnp.ones((len(present), c), bool)
-        return moved(buffer, noise), moved(present, entered), state.next_chunk + 1
+        inputs, hold = source or Source(jnp.zeros_like(noise), jnp.zeros(noise.shape[:2]))
+        enters = noise, flow.velocity_target(inputs, noise), hold, jnp.ones(noise.shape[:2], bool)
+        moved = [jnp.concatenate([x[:, c:], new], axis=1) for x, new in zip(stays, enters)]
+        return tuple(_where(row.advance, x, old) for x, old in zip((*moved, state.next_chunk + 1), stays))
 
-    buffer, present, next_chunk = jax.lax.cond(row.advance, shift, lambda: (buffer, present, state.next_chunk))
-    return StreamState(buffer, queue, present, state.keys, next_chunk), front
+    buffer, path, hold_until, present, next_chunk = jax.lax.cond(jnp.any(row.advance), shift, lambda: stays)
+    return StreamState(buffer, queue, path, hold_until, present, state.keys, next_chunk), front
 
 
 def sample(

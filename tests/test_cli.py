@@ -34,6 +34,28 @@ def test_stream_writes_a_video_and_a_closing_line(capsys, tiny_model, tmp_path):
         assert sum(1 for _ in container.decode(video=0)) == 35
 
 
+def test_videos_and_pictures_steer_a_stream(capsys, tiny_model, tmp_path):
+    """Kept as they are at strength 0; a transition ends where it says."""
+    from PIL import Image
+
+    from streamdit_jax.data.video import read_video, write_video
+
+    clip, picture = tmp_path / "clip.mp4", tmp_path / "picture.png"
+    write_video(clip, np.full((40, 16, 16, 3), 200, np.uint8), 16.0)
+    Image.fromarray(np.full((20, 30, 3), 40, np.uint8)).save(picture)
+    arguments = ["--model", tiny_model, "--json", "--seconds", 1.5, "--at", "0.6:night", "--transition", 2]
+    brightness = {}
+    for name, given in {"clip": ["--video", clip], "picture": ["--image", picture]}.items():
+        out = tmp_path / f"{name}.mp4"
+        code, said, _ = run(capsys, "stream", "a red car", "--out", out, "--strength", 0, *given, *arguments)
+        report = json.loads(said)
+        assert code == 0 and report["frames"] == 24
+        [change] = report["changes"]
+        assert (change["prompt"], change["first_frame"], change["complete_frame"]) == ("night", 16, 16 + 8 * 5)
+        brightness[name] = np.mean([frame.mean() for frame in read_video(out, 16, 16, 16.0)])
+    assert brightness["clip"] != brightness["picture"]
+
+
 def test_json_is_one_object_and_nothing_else(capsys, tiny_model, tmp_path):
     out = tmp_path / "out.mp4"
     arguments = ["--model", tiny_model, "--seconds", 1, "--out", out, "--scheme", "N4c2s1", "--guidance", 1]
@@ -51,6 +73,10 @@ def test_json_is_one_object_and_nothing_else(capsys, tiny_model, tmp_path):
         (["--at", "soon:night"], "--at: 'soon:night' is not SECONDS:PROMPT"),
         (["--at", "1"], "--at: '1' is not SECONDS:PROMPT"),
         (["--at", "1:" + "x" * 10_000], "prompt: 10000 bytes"),
+        (["--transition", "-1"], "--transition: "),
+        (["--strength", "1.5"], "strength: "),
+        (["--video", "nowhere.mp4"], "nowhere.mp4: no such video file"),
+        (["--image", "nowhere.png"], "nowhere.png: no such video file"),
         (["--seconds", "0"], "--seconds: must be a positive number"),
         (["--out", "no/such/folder/x.mp4"], "--out: there is no directory no/such/folder"),
     ],

@@ -9,6 +9,7 @@ import jax
 import pytest
 
 from streamdit_jax import config as configuration
+from streamdit_jax import stages
 from streamdit_jax.config import from_arguments, from_mapping
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.dit import parameter_count
@@ -17,6 +18,8 @@ from streamdit_jax.pipeline import initialise
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
 ROADTRIP = f"--config={ROOT / 'configs' / 'roadtrip.py'}"
+IMAGE = f"--config={ROOT / 'configs' / 'roadtrip_image.py'}"
+DISTILL = f"--config={ROOT / 'configs' / 'roadtrip_distill.py'}"
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
@@ -57,18 +60,22 @@ def test_the_4b_model_has_its_parameters():
         ),
         (["--config.training.flow_matching.num_frames=8"], "training.flow_matching.num_frames"),
         (["--config.training.flow_matching.num_frames=0"], "training.flow_matching.num_frames: must be at least 1"),
-        (["--config.training.autoencoder.optimizer.learning_rate=0.0"], "training.autoencoder.optimizer.learning_rate"),
         (["--config.tae.widths=(64,)"], "tae.widths"),
-        (
-            ["--config.training.text_alignment.steps=9"],
-            "training.text_alignment.optimizer.warmup_steps: 50 is more than",
-        ),
         (["extra"], "extra: unknown argument"),
+        ([IMAGE, "--config.training.autoencoder.importance_power=2.0"], "training.autoencoder.importance_power"),
+        ([IMAGE, "--config.training.autoencoder.optimizer.learning_rate=0.0"], "autoencoder.optimizer.learning_rate"),
+        ([IMAGE, "--config.training.text_alignment.steps=9"], "training.text_alignment.optimizer.warmup_steps: 50 is"),
+        ([DISTILL, "--config.training.distillation.scheme=N8c1s1"], "training.distillation.scheme: N8c1s1 does not"),
+        ([DISTILL, "--config.training.distillation.method=magic"], "training.distillation.method: 'magic' is not"),
+        ([DISTILL, "--config.training.distillation.teacher="], "training.distillation.teacher: names no model"),
+        ([DISTILL, "--config.training.distillation.teacher_steps=0"], "training.distillation.teacher_steps"),
+        ([DISTILL, "--config.training.distillation.rollout_share=1.5"], "training.distillation.rollout_share"),
+        (["--config.training.flow_matching.start_from="], "training.flow_matching.train_text: False leaves"),
     ],
 )
 def test_mistakes_name_their_field(overrides, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as raised:
-        from_arguments([ROADTRIP, *overrides])
+        from_arguments(overrides if overrides[0] in (IMAGE, DISTILL) else [ROADTRIP, *overrides])
     assert "\n" not in str(raised.value)
 
 
@@ -85,7 +92,7 @@ def test_missing_and_broken_files(tmp_path):
 
 
 def test_a_key_of_another_objective_is_unread():
-    mapping = json.loads(from_arguments([ROADTRIP]).to_json())
+    mapping = json.loads(from_arguments([IMAGE]).to_json())
     mapping["training"]["autoencoder"]["objective"]["caption_dropout"] = 0.1
     with pytest.raises(ConfigError, match=r"training\.autoencoder\.objective\.caption_dropout: nothing reads this key"):
         from_mapping(mapping)
@@ -103,7 +110,8 @@ def test_every_field_is_read_somewhere():
     source = "\n".join(path.read_text() for path in (ROOT / "streamdit_jax").rglob("*.py"))
     read = set(re.findall(r"\.([a-z_][a-z0-9_]*)", source))
     # Read as a whole: the mesh's axes by `sharding.make_mesh`, the weights of the losses by the names of these.
-    whole = (configuration.MeshConfig, configuration.AutoencoderObjective)
-    classes = [cls for cls in vars(configuration).values() if dataclasses.is_dataclass(cls) and cls not in whole]
+    whole = (configuration.MeshConfig, stages.AutoencoderObjective)
+    named = [*vars(configuration).values(), *vars(stages).values()]
+    classes = [cls for cls in named if dataclasses.is_dataclass(cls) and cls not in whole]
     unread = [f"{cls.__name__}.{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.name not in read]
     assert not unread

@@ -11,11 +11,12 @@ ROOT = Path(__file__).parents[1] / "streamdit_jax"
 
 # Floors from the ground; a file may import from its own floor or from below, and none imports cli.
 FLOORS = [
-    {"errors", "partition", "flow", "sharding", "kernels", "data", "weights", "snapshot"},
-    {"models", "stream", "config"},
-    {"pipeline"},
-    {"training"},
-    {"evaluation"},
+    {"errors", "partition", "flow", "sharding", "kernels", "data", "weights", "snapshot", "machine"},
+    {"models", "stream", "config", "stages", "steering", "video_input", "endless"},
+    {"pipeline", "live", "distill"},
+    {"training", "serving"},
+    {"evaluation", "bench"},
+    {"cli_stream"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -13,6 +13,7 @@ import pytest
 import streamdit_jax as sd
 from streamdit_jax import stream as streaming
 from streamdit_jax import weights
+from streamdit_jax.data import roadtrip
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
 from streamdit_jax.models.dit import DiT
 from streamdit_jax.snapshot import Snapshot
@@ -81,6 +82,175 @@ def test_prompts_and_seeds_matter_and_repeat(pipeline):
     assert not np.array_equal(first, take(pipeline.stream("a bus in snow", seed=0), 2))
 
 
+# ---- steering: receipts, transitions, logs ----
+
+
+def first_difference(frames, others):
+    """The number of the first frame that differs by more than rounding."""
+    return int(np.argmax(np.abs(frames.astype(int) - others).max(axis=(1, 2, 3)) > 1))
+
+
+@pytest.mark.parametrize("over, per_chunk", [(0, False), (2, False), (0, True)])
+def test_a_change_of_prompt_and_its_log(pipeline, over, per_chunk):
+    """Until the receipt's first frame nothing differs; a replayed log is the stream, by way of JSON, bit for bit."""
+    how = {"seed": 5, "guidance": 1.5, "per_chunk_prompts": per_chunk}
+    stream, other = (pipeline.stream("a red car", **how) for _ in range(2))
+    frames, unchanged = [take(stream, 2)], take(other, 10)
+    stream.forward()
+    receipt = stream.change("a blue bus at night", over=over)
+    frames += [take(stream, 3)]
+    stream.guidance = 0.5
+    frames = np.concatenate([*frames, take(stream, 5)])
+    assert receipt.step == 6 + 2 * 2 + 1
+    # With prompts per chunk it begins with the next chunk, when one more has left; the others hear of it from that one.
+    assert receipt.first_frame == (24 if per_chunk else 16)
+    assert first_difference(frames, unchanged) >= receipt.first_frame
+    assert per_chunk or first_difference(frames, unchanged) == receipt.first_frame
+    assert receipt.complete_frame == 16 + 8 * (5 if over else 4)
+    log = json.loads(json.dumps(stream.log()))
+    assert np.array_equal(frames, take(pipeline.replay(log), 10))
+    assert [sorted(event) for event in log["events"]] == [["over", "prompt", "step"], ["guidance", "step"]]
+    resumed = pipeline.resume(stream.snapshot())
+    assert resumed.log() == stream.log() and np.array_equal(take(resumed, 2), take(stream, 2))
+
+
+@pytest.mark.parametrize("per_chunk", [False, True])
+def test_a_snapshot_within_a_transition_forks(pipeline, per_chunk):
+    stream = pipeline.stream("a red car", seed=5, per_chunk_prompts=per_chunk)
+    take(stream, 1)
+    stream.change("a blue bus at night", over=0 if per_chunk else 3)
+    take(stream, 1)
+    fork = pipeline.resume(stream.snapshot())
+    fork.change("snow", over=0 if per_chunk else 1)
+    assert fork.prompt == "snow" and stream.prompt == "a blue bus at night"
+    same, rest = pipeline.resume(stream.snapshot()), take(stream, 3)
+    assert np.array_equal(rest, take(same, 3)) and not np.array_equal(rest, take(fork, 3))
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        ({"format": 2}, "log: is no log"),
+        ({"seed": "one"}, "log: seed: 'one' is no int"),
+        ({"guidance": None}, "log: guidance: None is no float"),
+        ({"steps": -1}, "log: steps: -1 is negative"),
+        ({"events": [{"step": 3, "prompt": "a car"}]}, "log: events: "),
+        ({"events": [3]}, "log: events: 3 is no change"),
+        ({"scheme": "N4c1s1"}, "scheme: N4c1s1 has 4 frames"),
+        ({"filling": "magic"}, "filling: "),
+        ({"image": True}, "image: the logged stream had one"),
+    ],
+)
+def test_logs_that_cannot_be_replayed(pipeline, damage, message):
+    with pytest.raises(ConfigError, match=message):
+        pipeline.replay({**pipeline.stream("a red car").log(), **damage})
+    with pytest.raises(CheckpointError, match="other weights"):
+        pipeline.replay({**pipeline.stream("a red car").log(), "fingerprint": "another"})
+
+
+# ---- videos and images that steer ----
+
+
+def test_a_video_at_strength_zero_is_what_its_latents_decode_to(pipeline):
+    """And frame i of the stream is frame i of the video, whatever is made of it after its end."""
+    video = np.random.default_rng(0).integers(0, 255, (50, 16, 16, 3), np.uint8)
+    padded = np.concatenate([video, video[-1:], video[-1:]])
+    latents = pipeline.encode_video(padded[None].astype(np.float32) / 127.5 - 1)
+    expected = np.asarray(pipeline.decode(latents, None)[0])[0]
+    for frames in (video, iter(video), [video[:7], video[7], video[8:]]):
+        stream = pipeline.stream("a red car", video=frames, strength=0.0)
+        assert np.abs(take(stream, 6).astype(int) - expected[:48]).max() <= 1
+    assert stream.log()["events"] == [{"step": 6 + 2 * 4 - 1, "video": False}], "13 latent frames: 8, and 2 + 2 + 1"
+    free = pipeline.stream("a red car", video=video, strength=1.0)
+    assert np.array_equal(take(free, 3), take(pipeline.stream("a red car"), 3)), "strength 1 leaves nothing of it"
+
+
+@pytest.mark.parametrize("scheme, filling", [("N4c2s2", "uniform"), ("K2N3c2s2", "ramp"), ("K2N3c2s2", "uniform")])
+def test_a_video_steers_replays_and_resumes(pipeline, scheme, filling):
+    rng = np.random.default_rng(1)
+    video = np.repeat(rng.integers(0, 255, (1, 16, 16, 3), np.uint8), 100, axis=0)
+    how = {"seed": 1, "scheme": scheme, "filling": filling, "strength": 0.4}
+    stream, plain = pipeline.stream("a bus", video=video, **how), pipeline.stream("a bus", **how)
+    frames, others = take(stream, 5), take(plain, 5)
+    decoded = np.asarray(pipeline.decode(pipeline.encode_video(video[None, :40] / np.float32(127.5) - 1), None)[0])[0]
+
+    def distance(made):
+        return np.abs(made.astype(int) - decoded[: len(made)]).mean()
+
+    assert distance(frames) < 0.7 * distance(others), "it is nearer to its input than chance is"
+    snapshot = stream.snapshot()
+    rest = take(stream, 3)
+    assert np.array_equal(rest, take(pipeline.resume(snapshot, video=video[snapshot.facts["frames_read"] :]), 3))
+    replayed = take(pipeline.replay(stream.log(), video=video), 8)
+    assert np.array_equal(replayed, np.concatenate([frames, rest]))
+    with pytest.raises(ConfigError, match="video: the logged stream had one"):
+        pipeline.replay(stream.log())
+
+
+@pytest.mark.parametrize("scheme, filling", [("N4c2s2", "uniform"), ("K3N5c1s2", "uniform"), ("K2N3c2s2", "ramp")])
+def test_an_image_fills_the_buffer_and_is_the_first_reference(pipeline, scheme, filling):
+    image = np.random.default_rng(2).integers(0, 255, (16, 16, 3), np.uint8)
+    still = np.repeat(image[None, None], 32, axis=1).astype(np.float32) / 127.5 - 1
+    latents = pipeline.encode_video(still)
+    stream = pipeline.stream("a bus", image=image, strength=0.5, scheme=scheme, filling=filling)
+    K = stream.scheme.num_references
+    assert stream.frames_shown == 0
+    if K:
+        expected = np.asarray(pipeline.decode(latents[:, :K], None)[0])[0]
+        assert np.abs(next(stream).astype(int) - expected).max() <= 1, "references are shown at once, and clean"
+        assert stream.forwards == 0 and stream.frames_shown == 4 * K
+        assert np.array_equal(stream.state.buffer[:, :K], np.asarray(latents[:, :K])) or np.allclose(
+            stream.state.buffer[:, :K], latents[:, :K], atol=1e-5
+        )
+    at_zero = pipeline.stream("a bus", image=image, strength=0.0, scheme=scheme, filling=filling)
+    expected = np.asarray(pipeline.decode(latents, None)[0])[0][: 4 * (K + stream.scheme.chunk_size)]
+    made = take(at_zero, 2 if K else 1)
+    assert np.abs(made.astype(int) - expected).max() <= 1
+    snapshot = stream.snapshot()
+    assert np.array_equal(take(stream, 3), take(pipeline.resume(snapshot), 3))
+    assert len(take(pipeline.replay(stream.log(), image=image), 2)) > 0
+
+
+def test_streamed_decoding_has_no_seam():
+    """Flicker |x[t + 1] − 2·x[t] + x[t − 1]| across borders of chunks ÷ elsewhere, with the autoencoder that ships: as
+    decoded at once, within 2 %.
+    """
+    pipeline = sd.load("roadtrip")
+    factors, seed = roadtrip.clip_factors(0, 0, "held_out")
+    video = roadtrip.render(factors, seed, 64, size=pipeline.config.data.height)
+    latents = pipeline.encode_video(video[None].astype(np.float32) / 127.5 - 1)
+    streamed, state = [], None
+    for chunk in np.split(np.asarray(latents), latents.shape[1] // 2, axis=1):
+        frames, state = pipeline.decode(chunk, state)
+        streamed.append(np.asarray(frames, np.float64))
+
+    def at_borders(frames):
+        flicker = np.abs(np.diff(frames[0], 2, axis=0)).mean(axis=(1, 2, 3))
+        border = (np.arange(len(flicker)) + 2) % streamed[0].shape[1] < 2
+        return flicker[border].mean() / flicker[~border].mean()
+
+    whole = at_borders(np.asarray(pipeline.decode(latents, None)[0], np.float64))
+    assert abs(at_borders(np.concatenate(streamed, axis=1)) / whole - 1) < 0.02
+    seams = [frames + number % 2 for number, frames in enumerate(streamed)]
+    assert at_borders(np.concatenate(seams, axis=1)) / whole > 1.05, "one grey level more in every other chunk shows"
+
+
+def test_inputs_that_are_no_videos(pipeline):
+    for options, message in (
+        (
+            {"video": np.zeros((8, 8, 8, 3), np.uint8)},
+            r"video: uint8 \[8, 8, 3\] given; the model takes uint8 \[16, 16",
+        ),
+        ({"video": np.zeros((8, 16, 16, 3))}, "video: float64"),
+        ({"video": 3}, "video: uint8 .* are needed, not int"),
+        ({"image": np.zeros((2, 16, 16, 3), np.uint8)}, "image: uint8"),
+        ({"strength": -0.1}, "strength: "),
+        ({"guidance": float("inf")}, "guidance: "),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            pipeline.stream("a red car", **options)
+
+
 def test_a_prompt_takes_effect_at_the_next_micro_step(pipeline):
     stream, other = pipeline.stream("a red car", seed=5), pipeline.stream("a red car", seed=5)
     assert np.array_equal(next(stream), next(other))
@@ -95,7 +265,7 @@ def test_a_resumed_snapshot_continues_bit_for_bit(pipeline, tiny_model, tmp_path
     """Law 3, also from a file, also between the micro steps of a filling."""
     stream = pipeline.stream("a red car", seed=2, scheme=scheme, guidance=1.5)
     if chunks == 0:
-        stream._forward()
+        stream.forward()
     else:
         take(stream, chunks)
     snapshot = stream.snapshot()
@@ -140,6 +310,23 @@ def test_damaged_and_foreign_snapshots(pipeline, tmp_path, tiny_params):
         sd.pipeline.Pipeline(pipeline.config, tiny_params, "other").resume(stream.snapshot())
     with pytest.raises(CheckpointError, match="could not be written"):
         stream.snapshot().save(tmp_path / "no" / "such" / "folder.snap")
+
+
+def test_who_sends_a_snapshot_does_not_choose_its_shapes(pipeline):
+    snapshot = pipeline.stream("a red car").snapshot()
+    arrays, facts = snapshot.arrays, snapshot.facts
+    for changed in (
+        Snapshot(facts, {**arrays, "buffer": np.zeros((2, 8, 4, 4, 4), np.float32)}),
+        Snapshot(facts, {**arrays, "present": arrays["present"].astype(np.int32)}),
+        Snapshot(facts, {**arrays, "more": np.zeros(3)}),
+        Snapshot(facts, {name: array for name, array in arrays.items() if name != "path"}),
+        Snapshot({**facts, "decoder": True}, arrays),
+        Snapshot({**facts, "log": None}, arrays),
+        Snapshot({**facts, "log": {**facts["log"], "scheme": "N4c1s1"}}, arrays),
+        Snapshot({**facts, "log": {**facts["log"], "events": [{"step": 0, "guidance": float("nan")}]}}, arrays),
+    ):
+        with pytest.raises(CheckpointError, match="snapshot: cannot be continued"):
+            pipeline.resume(changed)
 
 
 @pytest.mark.parametrize("prompt", ["", "a", "🚗💨 a câr"])

@@ -192,3 +192,148 @@ def test_ramp_shows_the_model_only_frames_that_exist():
 def test_unknown_filling():
     with pytest.raises(ValueError, match="filling"):
         stream.filling_rows(PartitionScheme.parse("N2c1s1"), "magic")
+
+
+# ---- independent streams in one batch ----
+
+
+def program(scheme, filling, chunks):
+    """The rows of a stream from its beginning, one by one."""
+    fill, flow = stream.filling_rows(scheme, filling), stream.streaming_rows(scheme)
+    rows = [stream.row_at(fill, index) for index in range(len(fill.adopt))]
+    return rows + [stream.row_at(flow, index) for _ in range(chunks) for index in range(scheme.micro_steps)]
+
+
+def same(before, after, index):
+    """Whether a stream of a batch is bit for bit what it was."""
+    pairs = zip(before._replace(keys=()), after._replace(keys=()))
+    return all(np.array_equal(old[index], new[index]) for old, new in pairs if len(old))
+
+
+def coupled(latents, text, levels, present=None):
+    """A field in which every frame of a buffer feels the others, and none of another stream."""
+    mean = jnp.mean(latents, axis=1, keepdims=True)
+    return -0.7 * latents + 0.5 * jnp.tanh(mean) + (0.3 * text + levels)[:, :, None, None, None]
+
+
+@pytest.mark.parametrize("spelling", ["N4c2s2", "K2N3c1s3p2"])
+def test_streams_of_a_batch_join_leave_and_keep_their_own_phase(spelling):
+    """Three streams join one by one and pause at will; each one's frames are those it has alone."""
+    scheme, chunks = PartitionScheme.parse(spelling), 3
+    keys, prompts = jax.random.split(jax.random.key(8), 3), jnp.array([[1.0], [2.0], [-1.0]])
+    rows = program(scheme, "uniform", chunks)
+    step = jax.jit(functools.partial(stream.step, coupled, scheme=scheme))
+
+    def steered(prompts):
+        return stream.Condition(prompts, jnp.zeros_like(prompts), jnp.full(len(prompts), 1.5))
+
+    def alone(index):
+        state, out = stream.initial_state(keys[index : index + 1], scheme, FRAME), []
+        for row in rows:
+            state, front = step(state, row, steered(prompts[index : index + 1]))
+            out += [state.buffer[:, : scheme.num_references]] if row.adopt else [front] if row.advance else []
+        return np.concatenate(out, axis=1)[0]
+
+    state = stream.initial_state(keys, scheme, FRAME)
+    done, outs, rng = [0, 0, 0], [[], [], []], np.random.default_rng(0)
+    together, now = jax.jit(functools.partial(stream.step, coupled, scheme=scheme)), 0
+    while min(done) < len(rows):
+        turn = [now >= 2 * i and done[i] < len(rows) and (rng.uniform() < 0.6 or i == 0) for i in range(3)]
+        mine = [rows[done[i]] if turn[i] else stream.idle_row(scheme) for i in range(3)]
+        before, (state, front) = state, together(state, stream.stack_rows(mine), steered(prompts))
+        for i in range(3):
+            if turn[i]:
+                row, done[i] = rows[done[i]], done[i] + 1
+                kept = state.buffer[i, : scheme.num_references] if row.adopt else front[i] if row.advance else None
+                outs[i] += [] if kept is None else [kept]
+            else:
+                assert same(before, state, i)
+        now += 1
+    assert together._cache_size() == 1
+    for i in range(3):
+        np.testing.assert_allclose(np.concatenate(outs[i]), alone(i), atol=1e-5)
+
+
+def test_an_idle_row_ignores_even_nan():
+    scheme = PartitionScheme.parse("K1N3c2s2")
+    state = stream.initial_state(jax.random.split(jax.random.key(0), 2), scheme, FRAME)
+    rows = stream.stack_rows([stream.idle_row(scheme), stream.row_at(stream.streaming_rows(scheme), 1)])
+    after, _ = stream.step(lambda x, *_: jnp.full_like(x, jnp.nan), state, rows, condition(batch=2), scheme)
+    assert same(state, after, 0) and not same(state, after, 1)
+    assert after.next_chunk.tolist() == [3, 4] and np.isnan(after.buffer[1, 1]).any()
+
+
+# ---- video to video ----
+
+
+@pytest.mark.parametrize(
+    "spelling, strength", [("N4c2s3", 0.0), ("N4c2s3", 0.4), ("K2N3c1s4p2", 0.75), ("N1c4s4", 0.5), ("N4c2s3", 1.0)]
+)
+def test_held_frames_are_on_their_path_and_then_run_free(spelling, strength):
+    """Below 1 − strength a frame is at t·x_in + (1 − (1 − σ)·t)·ε; above it, Euler steps of the model's velocity."""
+    scheme = PartitionScheme.parse(spelling)
+    K, c, N = scheme.num_references, scheme.chunk_size, scheme.num_chunks
+    hold, grid = np.float32(1 - strength), scheme.grid()
+    keys = jax.random.split(jax.random.key(9), 1)
+    video = jax.random.normal(jax.random.key(10), (1, scheme.buffer_size + 2 * c, *FRAME))
+    entering = video[:, scheme.buffer_size :]
+
+    def source(latents):
+        return stream.Source(latents, jnp.full(latents.shape[:2], hold))
+
+    state = stream.initial_state(keys, scheme, FRAME, source=source(video[:, : scheme.buffer_size]))
+    noise = np.concatenate(
+        [state.buffer] + [stream.chunk_noise(keys, jnp.uint32(N + i), (c, *FRAME)) for i in range(2)], axis=1
+    )
+    step, out, entered = jax.jit(functools.partial(stream.step, linear, scheme=scheme)), [], 0
+    levels = np.zeros(scheme.buffer_size, np.float32)
+    for row in program(scheme, "uniform", 2):
+        own = source(entering[:, min(entered, 1) * c :][:, :c])
+        state, front = step(state, row, condition(), source=own)
+        if row.adopt:
+            out.append(state.buffer[:, :K])
+        if row.advance:
+            out.append(front)
+            entered += 1
+        else:  # what is still held lies exactly where it should
+            levels = scheme.step_levels()[0] if row.adopt else row.levels[1]
+            offset = entered * c
+            t = levels[:, None, None, None]
+            expected = t * video[0, offset:][: scheme.buffer_size] + (1 - (1 - 1e-5) * t) * noise[0, offset:][: len(t)]
+            held = (levels <= hold) & (levels > 0)
+            np.testing.assert_allclose(state.buffer[0][held], expected[held], atol=2e-5)
+    out = np.concatenate(out, axis=1)
+    held_steps = int(np.sum(grid[:-1] < hold))
+    start = grid[held_steps]
+    on_path = start * video + (1 - (1 - 1e-5) * start) * noise
+    expected = closed_form(np.asarray(on_path), grid[held_steps:])[:, : out.shape[1]]
+    np.testing.assert_allclose(out, expected, atol=3e-5)
+    if strength == 0:
+        np.testing.assert_allclose(out, video[:, : out.shape[1]], atol=3e-5)
+
+
+@pytest.mark.parametrize("filling", ["uniform", "ramp"])
+@pytest.mark.parametrize("spelling", ["K2N3c2s2", "K2N1c3s2"])
+def test_given_references_are_clean_from_the_first_step(spelling, filling):
+    """They never change, nobody makes them, and the chunks that follow are those of the closed form."""
+    scheme = PartitionScheme.parse(spelling)
+    keys = jax.random.split(jax.random.key(11), 1)
+    still = jax.random.normal(jax.random.key(12), (1, 2, *FRAME))
+    seen = []
+
+    def velocity(latents, text, levels, present=None):
+        assert (present is None) == (filling == "uniform")
+        jax.debug.callback(lambda *x: seen.append([np.asarray(y[0, :2]) for y in x]), latents, levels, ordered=True)
+        return linear(latents, text, levels)
+
+    state = stream.initial_state(keys, scheme, FRAME, filling, references=still)
+    fill = stream.filling_rows(scheme, filling, given_references=True)
+    assert len(fill.adopt) == (scheme.num_chunks - 1) * scheme.micro_steps
+    rows = [stream.row_at(fill, i) for i in range(len(fill.adopt))] + program(scheme, filling, 1)[-scheme.micro_steps :]
+    for row in rows:
+        assert state.present[:, :2].all()
+        state, front = stream.step(velocity, state, row, condition(), scheme, masked=filling == "ramp")
+    jax.effects_barrier()
+    assert all(np.array_equal(latents, still[0]) and (levels == 1).all() for latents, levels in seen)
+    expected = closed_form(np.asarray(stream.chunk_noise(keys, 0, (scheme.chunk_size, *FRAME))), scheme.grid())
+    np.testing.assert_allclose(front, expected, atol=1e-5)

@@ -1,8 +1,9 @@
-"""Figures for the documentation: the levels of a stream under its partition schemes, and contact sheets of frames.
+"""Figures for the documentation: levels of a stream under its schemes, curves of training, contact sheets of frames.
 
 matplotlib and Pillow are imported where they draw; streaming needs neither.
 """
 
+import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,10 +47,11 @@ def _drawable(spelling: str) -> PartitionScheme:
     return scheme
 
 
-def _writable(path: str | Path) -> Path:
+def require_writable(path: str | Path, option: str = "--out") -> Path:
+    """The path, if its directory exists; ConfigError, naming the option that gave it, otherwise."""
     path = Path(path)
     if not path.parent.is_dir():
-        raise ConfigError(f"--out: there is no directory {path.parent} to write {path.name} to")
+        raise ConfigError(f"{option}: there is no directory {path.parent} to write {path.name} to")
     return path
 
 
@@ -63,7 +65,7 @@ def draw_levels(schemes: Sequence[str], path: str | Path) -> None:
     """
     if not schemes:
         raise ConfigError("schemes: give at least one, such as N8c2s2")
-    drawn, path = [_drawable(spelling) for spelling in schemes], _writable(path)
+    drawn, path = [_drawable(spelling) for spelling in schemes], require_writable(path)
 
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -131,6 +133,37 @@ def _draw_panel(panel, scheme: PartitionScheme):
     return image
 
 
+def draw_curves(stages: Sequence[str | Path], path: str | Path) -> None:
+    """Draws the loss of each training stage over its steps, a panel each; `velocity_loss_…` by quarter where there is
+    one.
+
+    stages: directories that a training run wrote, each with a metrics.jsonl. ConfigError for one without.
+    """
+    import matplotlib.pyplot as plt
+
+    path, lines = require_writable(path), []
+    for stage in map(Path, stages):
+        file = stage / "metrics.jsonl"
+        if not file.is_file():
+            raise ConfigError(f"stages: {stage} holds no metrics.jsonl; give a directory such as runs/x/flow_matching")
+        lines.append([json.loads(line) for line in file.read_text().splitlines()])
+    figure, panels = plt.subplots(1, len(lines), figsize=(4.2 * len(lines), 3.2), squeeze=False, layout="constrained")
+    for panel, stage, rows in zip(panels[0], stages, lines):
+        drawn = [name for name in rows[0] if name == "loss" or name.startswith("velocity_loss")]
+        for name in drawn:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            style = {"color": INK, "linewidth": 2} if name == "loss" else {"linewidth": 0.8}
+            panel.plot(*zip(*points), label=name, **style)
+        panel.set(title="/".join(Path(stage).parts[-2:]), xlabel="step")
+        panel.legend(fontsize=7, frameon=False)
+    try:
+        figure.savefig(path, dpi=110)
+    except ValueError as mistake:
+        raise ConfigError(f"--out: {path}: {mistake}") from None
+    finally:
+        plt.close(figure)
+
+
 def contact_sheet(
     rows: Sequence[tuple[str, UInt8[np.ndarray, "F H W 3"]]], path: str | Path, columns: int = 8, scale: int = 3
 ) -> None:
@@ -147,7 +180,7 @@ def contact_sheet(
     for title, clip in rows:
         if clip.ndim != 4 or clip.shape[-1] != 3 or clip.dtype != np.uint8 or not len(clip):
             raise ValueError(f"rows: {title!r} is {clip.dtype} {clip.shape}, not uint8 [frames, height, width, 3]")
-    path = _writable(path)
+    path = require_writable(path)
 
     from PIL import Image, ImageDraw, ImageFont
 

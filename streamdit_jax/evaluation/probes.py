@@ -14,9 +14,8 @@ DIR/probe.safetensors and DIR/probe.json.
 import argparse
 import datetime
 import json
-import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -26,11 +25,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Bool, Float, UInt8
 from safetensors.numpy import load_file, save_file
 
 from streamdit_jax.data.roadtrip import FACTORS, Factors, clip_factors, render
 from streamdit_jax.errors import CheckpointError
+from streamdit_jax.machine import hardware, versions
 
 BUNDLED = Path(__file__).parents[1] / "bundled" / "probe" / "probe.safetensors"
 MIN_FRAMES = 16  # one second: what is needed to read motion, and what it is trained on
@@ -59,13 +59,18 @@ class Probe(nn.Module):
     widths: tuple[int, ...] = (24, 32, 48, 48)
 
     @nn.compact
-    def __call__(self, frames, profile):
+    def __call__(self, frames, profile, *, features: bool = False):
+        """The logits; with `features` instead what they are read from: the trunk's last map, averaged over places, and
+        the hidden layer of motion, each [b, 48].
+        """
         x = 2.0 * frames - 1.0
         for level, width in enumerate(self.widths):
             x = nn.Conv(width, (3, 3), (1, 1) if level == 3 else (2, 2), name=f"conv_{level}")(x)
             x = nn.gelu(nn.LayerNorm(name=f"norm_{level}")(x))
-        x = x.reshape(len(x), -1)
         motion = nn.gelu(nn.Dense(48, name="motion")(profile))
+        if features:
+            return x.mean((1, 2)), motion
+        x = x.reshape(len(x), -1)
         return {
             name: nn.Dense(len(values), name=name)(motion if name in MOTION else x) for name, values in FACTORS.items()
         }
@@ -161,31 +166,53 @@ def train_probe(
     return params
 
 
-@jax.jit
-def _log_probabilities(params, clips):
-    clips = clips.astype(jnp.float32) / 255.0
+def _looked_at(clips: Float[Array, "b f 64 64 3"]) -> tuple[Array, Array]:
+    """The FRAMES frames of each clip that the trunk sees [b·FRAMES, 64, 64, 3], and each one's motion profile."""
     b, f = clips.shape[:2]
-    looked_at = clips[:, np.linspace(0, f - 1, FRAMES).round().astype(int)].reshape(b * FRAMES, 64, 64, 3)
-    profiles = motion_profile(clips).repeat(FRAMES, axis=0)
-    logits = Probe().apply(params, looked_at, profiles)
-    means = {name: jax.nn.log_softmax(x).reshape(b, FRAMES, -1).mean(1) for name, x in logits.items()}
+    frames = clips[:, np.linspace(0, f - 1, FRAMES).round().astype(int)].reshape(b * FRAMES, 64, 64, 3)
+    return frames, motion_profile(clips).repeat(FRAMES, axis=0)
+
+
+@jax.jit
+def _probabilities(params, clips):
+    logits = Probe().apply(params, *_looked_at(clips.astype(jnp.float32) / 255.0))
+    means = {name: jax.nn.log_softmax(x).reshape(len(clips), FRAMES, -1).mean(1) for name, x in logits.items()}
     return {name: jax.nn.softmax(x) for name, x in means.items()}
 
 
-def probabilities(params: dict, clips: UInt8[np.ndarray, "b f 64 64 3"]) -> dict[str, Float[np.ndarray, "b v"]]:
-    """How likely each value of each factor is, in FACTORS' order; ValueError for clips of another shape or type."""
+@jax.jit
+def _features(params, clips):
+    trunk, motion = Probe().apply(params, *_looked_at(clips.astype(jnp.float32) / 255.0), features=True)
+    return jnp.concatenate([trunk, motion], axis=-1).reshape(len(clips), FRAMES, -1).mean(1)
+
+
+def _in_chunks(read: Callable, params: dict, clips) -> list:
+    """`read` of every chunk of _CHUNK clips, the last one padded; ValueError for clips of another shape or type."""
     clips = np.asarray(clips)
     if clips.dtype != np.uint8 or clips.ndim != 5 or clips.shape[2:] != (64, 64, 3) or clips.shape[1] < MIN_FRAMES:
         raise ValueError(
             f"clips: the probe reads uint8 [b, frames ≥ {MIN_FRAMES}, 64, 64, 3], not {clips.dtype} {list(clips.shape)}"
         )
-    read = {name: [np.zeros((0, len(values)), np.float32)] for name, values in FACTORS.items()}
+    parts = []
     for first in range(0, len(clips), _CHUNK):
         part = clips[first : first + _CHUNK]
         padded = np.concatenate([part, np.zeros((_CHUNK - len(part), *part.shape[1:]), np.uint8)])
-        for name, values in jax.device_get(_log_probabilities(params, padded)).items():
-            read[name].append(values[: len(part)])
-    return {name: np.concatenate(values) for name, values in read.items()}
+        values, count = jax.device_get(read(params, padded)), len(part)
+        parts.append(jax.tree.map(lambda leaf, count=count: leaf[:count], values))
+    return parts
+
+
+def probabilities(params: dict, clips: UInt8[np.ndarray, "b f 64 64 3"]) -> dict[str, Float[np.ndarray, "b v"]]:
+    """How likely each value of each factor is, in FACTORS' order; ValueError for clips of another shape or type."""
+    none = {name: np.zeros((0, len(values)), np.float32) for name, values in FACTORS.items()}
+    return jax.tree.map(lambda *parts: np.concatenate(parts), none, *_in_chunks(_probabilities, params, clips))
+
+
+def features(params: dict, clips: UInt8[np.ndarray, "b f 64 64 3"]) -> Float[np.ndarray, "b 96"]:
+    """What the probe sees in a clip before it decides: the trunk's last map, averaged over places and over FRAMES
+    frames (48 numbers), and the hidden layer that reads the motion profile (48). ValueError as `probabilities`.
+    """
+    return np.concatenate([np.zeros((0, 96), np.float32), *_in_chunks(_features, params, clips)])
 
 
 def classify(params: dict, clips: UInt8[np.ndarray, "b f 64 64 3"]) -> dict[str, tuple[list[str], np.ndarray]]:
@@ -194,12 +221,19 @@ def classify(params: dict, clips: UInt8[np.ndarray, "b f 64 64 3"]) -> dict[str,
     return {name: ([FACTORS[name][k] for k in p.argmax(-1)], p.max(-1)) for name, p in read.items()}
 
 
-def accuracy(params: dict, clips: UInt8[np.ndarray, "b f 64 64 3"], factors: list[Factors]) -> dict[str, float]:
-    """The share of clips whose value is read as `factors` says, for each factor; ValueError when the counts differ."""
+def right(
+    params: dict, clips: UInt8[np.ndarray, "b f 64 64 3"], factors: Sequence[Factors]
+) -> dict[str, Bool[np.ndarray, "b"]]:
+    """Which clips' values are read as `factors` says, for each factor; ValueError when the counts differ."""
     if len(clips) != len(factors):
         raise ValueError(f"factors: {len(factors)} were given for {len(clips)} clips; give one for each clip")
     read, true = probabilities(params, clips), _labels(factors)
-    return {name: float(np.mean(read[name].argmax(-1) == true[name])) for name in FACTORS}
+    return {name: read[name].argmax(-1) == true[name] for name in FACTORS}
+
+
+def accuracy(params: dict, clips: UInt8[np.ndarray, "b f 64 64 3"], factors: Sequence[Factors]) -> dict[str, float]:
+    """The share of clips whose value is read as `factors` says, for each factor; ValueError when the counts differ."""
+    return {name: float(np.mean(of_clips)) for name, of_clips in right(params, clips, factors).items()}
 
 
 def save_probe(params: dict, path: Path) -> None:
@@ -257,9 +291,8 @@ def main(arguments: list[str] | None = None) -> None:
         "held_out_clips": args.held_out_clips,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(params)),
         "seconds_rendering_and_training": round(trained, 1),
-        "hardware": "2-core x86-64 CPU" if jax.default_backend() == "cpu" else jax.devices()[0].device_kind,
-        "versions": {"python": platform.python_version()}
-        | {name: metadata.version(name) for name in ("jax", "flax", "optax", "numpy")},
+        "hardware": hardware(),
+        "versions": versions() | {"optax": metadata.version("optax")},
         "date": datetime.date.today().isoformat(),
     }
     args.out.mkdir(parents=True, exist_ok=True)

@@ -57,8 +57,8 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Video tokens attend to text tokens; padding is masked. Adds nothing until it is trained (zero output
-    projection).
+    """Video tokens attend to text tokens; padding is masked, for all video tokens alike or, with a mask [batch, tokens,
+    s], for each its own. Adds nothing until it is trained (zero output projection).
     """
 
     num_heads: int
@@ -67,7 +67,7 @@ class CrossAttention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b tokens width"], text: Float[Array, "b s width"], text_mask: Bool[Array, "b s"]
+        self, x: Float[Array, "b tokens width"], text: Float[Array, "b s width"], text_mask: Bool[Array, "b *tokens s"]
     ) -> Float[Array, "b tokens width"]:
         width = x.shape[-1]
         query = nn.Dense(width, dtype=self.dtype, name="query")(x)
@@ -76,6 +76,7 @@ class CrossAttention(nn.Module):
         key, value = rearrange(key_value, "b s (two heads dim) -> two b s heads dim", two=2, heads=self.num_heads)
         query = QueryKeyNorm(self.qk_norm, self.dtype, name="query_norm")(query)
         key = QueryKeyNorm(self.qk_norm, self.dtype, name="key_norm")(key)
-        out = jax.nn.dot_product_attention(query, key, value, mask=text_mask[:, None, None, :])
+        mask = text_mask[:, None] if text_mask.ndim == 3 else text_mask[:, None, None]
+        out = jax.nn.dot_product_attention(query, key, value, mask=mask)
         project = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")
         return project(rearrange(out, "b s heads dim -> b s (heads dim)"))

@@ -26,8 +26,9 @@ from streamdit_jax.models.attention import CrossAttention, SelfAttention
 from streamdit_jax.models.embeddings import FactorisedPosition, TextProjection, TimeEmbedding, rotary_angles
 
 Axes = tuple[int, int, int]
-# Per text encoder: its sequence [batch, tokens, width] and mask [batch, tokens], False for padding.
-Text = tuple[tuple[Float[Array, "b s width"], Bool[Array, "b s"]], ...]
+# Per text encoder: its sequence [batch, tokens, width] and mask, False for padding: [batch, tokens], or, where the
+# frames of a buffer have prompts of their own, [batch, frames, tokens] over the prompts side by side.
+Text = tuple[tuple[Float[Array, "b s width"], Bool[Array, "b *f s"]], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,8 +263,8 @@ class DiT(nn.Module):
         """Velocity of every latent frame, float32, in the shape of `latents`.
 
         latents: [batch, frames, height, width, channels]. levels: flow time of each frame, [batch, frames]; 1 = clean.
-        text: per encoder its sequence and mask. frame_mask: False for frames that do not exist; no token attends to
-            them.
+        text: per encoder its sequence and mask (see `Text`), all masks of one rank. frame_mask: False for frames that
+            do not exist; no token attends to them.
 
         Raises ValueError for latents of another shape than the configuration's.
         """
@@ -280,8 +281,9 @@ class DiT(nn.Module):
         time = TimeEmbedding(config.width, config.time_frequencies, dtype, name="time_embedding")(levels)
         sequence, sequence_mask = self._project_text(text)
         if config.pooled_text:
-            weight = sequence_mask[..., None] / jnp.sum(sequence_mask, axis=1)[:, None, None]
-            pooled = jnp.sum(sequence * weight.astype(dtype), axis=1, keepdims=True)
+            by_frame = sequence_mask if sequence_mask.ndim == 3 else sequence_mask[:, None]
+            weight = by_frame / jnp.sum(by_frame, axis=-1, keepdims=True)
+            pooled = jnp.sum(sequence[:, None] * weight[..., None].astype(dtype), axis=2)
             time = time + nn.Dense(config.width, dtype=dtype, kernel_init=nn.initializers.zeros, name="pooled_text")(
                 pooled
             )
@@ -298,6 +300,8 @@ class DiT(nn.Module):
                 len(latents), -1
             )
 
+        if sequence_mask is not None and sequence_mask.ndim == 3:
+            sequence_mask = sequence_mask[:, order.coordinates[:, 0]]  # every token reads its frame's prompt
         x = self._blocks(layers, x, (time, shared, sequence, sequence_mask, key_mask))
 
         shift, scale = Modulation(config, 2, name="final_modulation")(
@@ -323,7 +327,7 @@ class DiT(nn.Module):
             TextProjection(self.config.width, self.config.text_projection, dtype, name=f"text_projection_{index}")(x)
             for index, (x, _) in enumerate(text)
         ]
-        return jnp.concatenate(projected, axis=1), jnp.concatenate([mask for _, mask in text], axis=1)
+        return jnp.concatenate(projected, axis=1), jnp.concatenate([mask for _, mask in text], axis=-1)
 
     def _blocks(self, layers: tuple[Windows, ...], x: Array, inputs: tuple) -> Array:
         config = self.config

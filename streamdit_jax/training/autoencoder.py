@@ -7,6 +7,7 @@ adds the outlier penalty against latents that stand out of their frame. The grad
 here: finite differences along time, height and width ask for edges and motion, and need no pretrained weights.
 """
 
+import functools
 from collections.abc import Iterable
 
 import jax
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from streamdit_jax.config import AutoencoderObjective
 from streamdit_jax.models.tae import TAE, TAEConfig, initialise_linear_skip
+from streamdit_jax.stages import AutoencoderObjective
 from streamdit_jax.training.objective import Objective
 
 
@@ -115,3 +116,36 @@ def latent_statistics(params: dict, videos: Iterable, config: TAEConfig) -> dict
     std = np.sqrt(np.maximum(squares / count - np.square(mean), 0.0))
     std = np.where(std > 1e-6, std, 1.0)
     return {**params, "latent_mean": jnp.asarray(mean, jnp.float32), "latent_std": jnp.asarray(std, jnp.float32)}
+
+
+def weigh_channels(params: dict, videos: Iterable, config: TAEConfig, power: float, seed: int = 0) -> dict:
+    """TAE params whose latent channels have deviation g_c = (I_c / mean I)^power, over their root mean square.
+
+    I_c is the mean squared change of the picture when noise of half a deviation is added to channel c of these
+    videos' latents (batches uint8 [b, F, H, W, 3]; the statistics must be set). Whitened latents give a channel that
+    nobody sees as much of a diffusion model's loss as the one that holds the brightness: of roadtrip's 32, one carries
+    61 % of I and twenty carry 4 % together. With power 0.5 latents are as far apart as their pictures; 0 changes
+    nothing. ValueError when there are no videos.
+    """
+
+    @jax.jit
+    def changes(params, video, key):
+        latents = TAE(config).apply({"params": params}, to_unit_range(video), method=TAE.encode)[0]
+        decode = functools.partial(TAE(config).apply, {"params": params}, method=TAE.decode)
+        picture = decode(latents)[0]
+
+        def of_channel(channel):
+            noise = 0.5 * jax.random.normal(jax.random.fold_in(key, channel), latents.shape[:-1])
+            return jnp.mean(jnp.square(decode(latents.at[..., channel].add(noise))[0] - picture))
+
+        return jax.lax.map(of_channel, jnp.arange(config.latent_channels))
+
+    importance, count = np.zeros(config.latent_channels), 0
+    for video in videos:
+        importance += np.asarray(changes(params, video, jax.random.fold_in(jax.random.key(seed), count)), np.float64)
+        count += 1
+    if count == 0:
+        raise ValueError("videos: none given; the importance of channels needs at least one batch")
+    scale = np.maximum(importance / importance.mean(), 1e-6) ** power
+    scale /= np.sqrt(np.mean(np.square(scale)))
+    return {**params, "latent_std": jnp.asarray(params["latent_std"] / scale, jnp.float32)}

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from streamdit_jax import flow
-from streamdit_jax.config import Config, FlowMatchingObjective
+from streamdit_jax.config import Config
 from streamdit_jax.models.dit import DiT, Text
 from streamdit_jax.models.tae import TAE
 from streamdit_jax.models.text import TextConfig, TextEncoder, tokenize
 from streamdit_jax.partition import draw_levels
+from streamdit_jax.stages import FlowMatchingObjective
 from streamdit_jax.training.autoencoder import to_unit_range
 from streamdit_jax.training.objective import Batch, Objective
 
@@ -44,15 +45,31 @@ def max_tokens(configs: tuple[TextConfig, ...]) -> int:
     return min(config.max_tokens for config in configs)
 
 
-def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=None) -> Objective:
+def lengthen(params: Any, expected: Any) -> Any:
+    """A DiT's params for a longer buffer: every learned position of a frame is repeated to fill the new length.
+
+    params, expected: trees of the same model, their leaves named "frame" [layers, F, width] with F_old and F_new
+    frames; frame i of the new buffer starts as frame ⌊i·F_old / F_new⌋. All else is returned as it is.
+    """
+
+    def longer(path, leaf, shape):
+        if getattr(path[-1], "key", None) != "frame" or leaf.shape == shape.shape:
+            return leaf
+        old, new = leaf.shape[-2], shape.shape[-2]
+        return leaf[..., np.arange(new) * old // new, :]
+
+    return jax.tree_util.tree_map_with_path(longer, params, expected)
+
+
+def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=None, text_params=None) -> Objective:
     """The objective of text encoders and DiT on {"latents" or "video", "tokens", "text_mask"}; params {"text": {"0":
-    …}, "dit": …}.
+    …}, "dit": …}, or {"dit": …} where text_params are given: text encoders that do not learn.
 
     `init` takes what the batch holds under "initial", {"text": …, "dit": …}, either or both, instead of fresh ones.
     tae_params: the frozen autoencoder, needed where batches hold pixels. Metrics: `velocity_loss` by quarter of the
         flow time, and `scored_share` of the frames.
     """
-    dit = DiT(config.dit)
+    dit, frozen_text = DiT(config.dit), text_params is not None
     empty_tokens, empty_mask = tokenize("", max_tokens(config.text))
 
     def latents_of(constants, batch):
@@ -64,13 +81,14 @@ def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=N
     def init(key, batch):
         given = batch.get("initial", {})
         text_key, dit_key = jax.random.split(key)
-        text_params = given["text"] if "text" in given else initial_text(config.text, text_key, batch)
+        learning = given["text"] if "text" in given else initial_text(config.text, text_key, batch)
         if "dit" in given:
-            return {"text": text_params, "dit": given["dit"]}
-        latents = jnp.zeros((1, *config.dit.latent))
-        text = encode_text(config.text, text_params, batch["tokens"][:1], batch["text_mask"][:1])
-        dit_params = dit.init(dit_key, latents, jnp.zeros(latents.shape[:2]), text)["params"]
-        return {"text": text_params, "dit": dit_params}
+            dit_params = given["dit"]
+        else:
+            latents = jnp.zeros((1, *config.dit.latent))
+            text = encode_text(config.text, learning, batch["tokens"][:1], batch["text_mask"][:1])
+            dit_params = dit.init(dit_key, latents, jnp.zeros(latents.shape[:2]), text)["params"]
+        return {"dit": dit_params} if frozen_text else {"text": learning, "dit": dit_params}
 
     def loss(params, constants, batch, key):
         level_key, noise_key, drop_key = jax.random.split(key, 3)
@@ -86,7 +104,7 @@ def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=N
         noised = flow.interpolate(latents, noise, drawn.levels)
         target = flow.velocity_target(latents, noise)
         present = drawn.present if objective.mixture.ramp else None
-        text = encode_text(config.text, params["text"], tokens, mask)
+        text = encode_text(config.text, (constants if frozen_text else params)["text"], tokens, mask)
         predicted = dit.apply({"params": params["dit"]}, noised, drawn.levels, text, present)
         value = flow.loss(predicted, target, drawn.scored)
         quarters = {}
@@ -98,4 +116,6 @@ def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=N
     constants = {"mixture": objective.mixture.arrays(), "caption_dropout": np.float32(objective.caption_dropout)}
     if tae_params is not None:
         constants["tae"] = tae_params
+    if frozen_text:
+        constants["text"] = text_params
     return Objective(name="flow_matching", init=init, loss=loss, constants=constants)

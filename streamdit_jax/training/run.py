@@ -12,34 +12,34 @@ command.
 
 import dataclasses
 import json
-import os
-import platform
 import time
 from pathlib import Path
 from typing import Any
 
-import flax
 import jax
 import numpy as np
 
-import streamdit_jax
 from streamdit_jax import sharding, weights
-from streamdit_jax.config import Config, StageConfig
+from streamdit_jax.config import Config
 from streamdit_jax.data import encode, records, video
 from streamdit_jax.data.input_pipeline import make_batches
 from streamdit_jax.data.roadtrip_builder import prepare_roadtrip
 from streamdit_jax.errors import ConfigError, DataError
+from streamdit_jax.machine import hardware, versions
 from streamdit_jax.models.tae import TAE
 from streamdit_jax.models.text import tokenize
 from streamdit_jax.pipeline import Pipeline, find_model, initialise
-from streamdit_jax.training.autoencoder import autoencoder, latent_statistics
-from streamdit_jax.training.flow_matching import flow_matching, max_tokens
+from streamdit_jax.stages import StageConfig
+from streamdit_jax.training.autoencoder import autoencoder, latent_statistics, weigh_channels
+from streamdit_jax.training.distillation import distillation
+from streamdit_jax.training.flow_matching import flow_matching, lengthen, max_tokens
 from streamdit_jax.training.loop import run_stage
 from streamdit_jax.training.objective import Objective
 from streamdit_jax.training.text_alignment import text_alignment
 
 INITIAL_CLIPS = 192
 STATISTICS_CLIPS = 256
+IMPORTANCE_CLIPS = 16
 SAMPLE_SECONDS = 4
 SAMPLE_PROMPTS = (
     "a red car drives past green hills on a sunny day",
@@ -93,8 +93,9 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
     CheckpointError for checkpoints that do not fit or are damaged.
     """
     workdir, stages = Path(workdir), config.training
-    if all(stage is None for stage in (stages.autoencoder, stages.text_alignment, stages.flow_matching)):
-        raise ConfigError("training: has no stage; give autoencoder, text_alignment or flow_matching")
+    if all(getattr(stages, field.name) is None for field in dataclasses.fields(stages)):
+        names = ", ".join(field.name for field in dataclasses.fields(stages))
+        raise ConfigError(f"training: has no stage; give one of {names}")
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     source = open_source(config, workdir, log)
     model = workdir / "model"
@@ -114,12 +115,16 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
         state, facts = _run(config, "autoencoder", stages.autoencoder, objective, source, workdir, mesh, None, log)
         tae = jax.tree.map(np.asarray, state.ema_params["tae"])
         videos = (source[int(index)]["video"][None] for index in _spread(len(source), STATISTICS_CLIPS))
-        parts["tae"] = jax.tree.map(np.asarray, latent_statistics(tae, videos, config.tae))
+        tae = latent_statistics(tae, videos, config.tae)
+        if stages.autoencoder.importance_power:
+            videos = (source[int(index)]["video"][None] for index in _spread(len(source), IMPORTANCE_CLIPS))
+            tae = weigh_channels(tae, videos, config.tae, stages.autoencoder.importance_power)
+        parts["tae"] = jax.tree.map(np.asarray, tae)
         card["stages"]["autoencoder"] = facts
         _save(model, config, parts, card)
 
     latents = None
-    for name in ("text_alignment", "flow_matching"):
+    for name in ("text_alignment", "flow_matching", "distillation"):
         stage = getattr(stages, name)
         if stage is None or _is_finished(card, name, stage):
             continue
@@ -128,7 +133,7 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
         if name == "text_alignment":
             objective, sample = text_alignment(config), None
         else:
-            objective = _started(flow_matching(config, stage.objective), config, parts)
+            objective = _started(config, parts) if name == "flow_matching" else _distilled(config, parts)
             sample = _sampler(config, parts, workdir / name) if "tae" in parts else None
         state, facts = _run(config, name, stage, objective, latents, workdir, mesh, sample, log)
         parts |= {part: jax.tree.map(np.asarray, state.ema_params[part]) for part in state.ema_params if part != "head"}
@@ -163,30 +168,47 @@ def _latents(config: Config, parts: dict, source: records.Records, workdir: Path
     return encode_records(config, parts["tae"], source, workdir / "latents", log)
 
 
-def _started(objective: Objective, config: Config, parts: dict) -> Objective:
+def _started(config: Config, parts: dict) -> Objective:
     """Flow matching that starts from the text encoders of an earlier stage, or from a whole model."""
     stage = config.training.flow_matching
-    initial = {"text": parts["text"]} if "text" in parts else {}
+    initial = jax.tree.map(lambda x: np.asarray(x, np.float32), {"text": parts["text"]} if "text" in parts else {})
     if stage.start_from:
-        directory = find_model(stage.start_from)
-        described = weights.load_card(directory)
-        initial = {part: weights.load_part(directory, described, part) for part in ("text", "dit")}
-        expected = jax.eval_shape(lambda key: initialise(config, key), jax.random.key(0))
-        for part, tree in initial.items():
-            weights.check_shapes(tree, expected[part], f"{directory}: {part}")
+        initial = _parts_of(find_model(stage.start_from), config, ("text", "dit"))
+    if not stage.train_text:
+        parts["text"] = initial["text"]
+    objective = flow_matching(config, stage.objective, text_params=None if stage.train_text else initial["text"])
     if not initial:
         return objective
     tokens, mask = tokenize("", max_tokens(config.text))
-    as_float = jax.tree.map(lambda x: np.asarray(x, np.float32), initial)
-    batch = {"tokens": tokens[None], "text_mask": mask[None], "initial": as_float}
+    batch = {"tokens": tokens[None], "text_mask": mask[None], "initial": initial}
     return dataclasses.replace(objective, first_batch=batch)
+
+
+def _distilled(config: Config, parts: dict) -> Objective:
+    """Distillation of the teacher that the stage names, or of what the run has made; text encoders stay as they are."""
+    named = config.training.distillation.teacher
+    teacher = _parts_of(find_model(named), config, ("text", "dit")) if named else parts
+    parts["text"] = teacher["text"]
+    return distillation(config, config.training.distillation, teacher)
+
+
+def _parts_of(directory: Path, config: Config, names: tuple[str, ...]) -> dict[str, Any]:
+    """Parts of a model as float32, checked against the shapes of this configuration; a DiT's buffer may be shorter."""
+    described = weights.load_card(directory)
+    expected = jax.eval_shape(lambda key: initialise(config, key), jax.random.key(0))
+    parts = {name: weights.load_part(directory, described, name) for name in names}
+    if "dit" in parts:
+        parts["dit"] = lengthen(parts["dit"], expected["dit"])
+    for name, tree in parts.items():
+        weights.check_shapes(tree, expected[name], f"{directory}: {name}")
+    return jax.tree.map(lambda x: np.asarray(x, np.float32), parts)
 
 
 def _sampler(config: Config, parts: dict, folder: Path):
     """Writes streams of the parameters at hand."""
 
     def sample(step, params):
-        write_samples(config, {"tae": parts["tae"], **params}, folder / "samples" / f"step_{step:07d}")
+        write_samples(config, {**parts, **params}, folder / "samples" / f"step_{step:07d}")
 
     return sample
 
@@ -272,25 +294,3 @@ def write_samples(config: Config, params: dict, folder: Path) -> None:
         while sum(map(len, frames)) < frames_wanted:
             frames.append(next(stream))
         video.write_video(folder / f"{index}.mp4", np.concatenate(frames)[:frames_wanted], config.data.frame_rate)
-
-
-def hardware() -> str:
-    """What this process computes on."""
-    device = jax.devices()[0]
-    kind = f"{len(jax.devices())} × {device.device_kind}"
-    return f"{kind}, {platform.machine()}, {len(_cores())} cores" if device.platform == "cpu" else kind
-
-
-def _cores():
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
-
-
-def versions() -> dict[str, str]:
-    """Versions that decide numbers."""
-    return {
-        "streamdit_jax": streamdit_jax.__version__,
-        "jax": jax.__version__,
-        "flax": flax.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-    }

@@ -1,11 +1,13 @@
 """Figures show the levels that the sampler visits, and the frames that they were given."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from streamdit_jax.errors import ConfigError
-from streamdit_jax.evaluation.figures import contact_sheet, draw_levels, level_map
+from streamdit_jax.evaluation.figures import contact_sheet, draw_curves, draw_levels, level_map
 from streamdit_jax.partition import PartitionScheme
 
 
@@ -69,3 +71,17 @@ def test_a_sheet_holds_evenly_spaced_frames_pixel_for_pixel(tmp_path):
 def test_sheets_of_nothing_and_of_other_arrays(tmp_path, rows):
     with pytest.raises(ValueError, match="rows: "):
         contact_sheet(rows, tmp_path / "sheet.png")
+
+
+def test_curves_of_stages_are_drawn_and_a_stage_without_them_is_named(tmp_path):
+    """Two stages whose losses differ give two different panels; the picture is not blank."""
+    for name, losses in (("a", [1.0, 0.5, 0.25]), ("b", [0.2, 0.9, 0.1])):
+        (tmp_path / name).mkdir()
+        rows = [{"step": 50 * i, "loss": loss, "velocity_loss_1of4": 2 * loss} for i, loss in enumerate(losses)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    draw_curves([tmp_path / "a", tmp_path / "b"], tmp_path / "curves.png")
+    picture = np.asarray(Image.open(tmp_path / "curves.png").convert("L"))
+    left, right = picture[:, : picture.shape[1] // 2], picture[:, -(picture.shape[1] // 2) :]
+    assert (picture < 100).mean() > 0.002 and not np.array_equal(left, right)
+    with pytest.raises(ConfigError, match=r"stages: .*holds no metrics\.jsonl"):
+        draw_curves([tmp_path], tmp_path / "curves.png")

@@ -9,7 +9,8 @@ import numpy as np
 def velocity(params, config, latents, levels, text):
     """The velocity of one example, [frames, height, width, channels], by layers whose one window is the whole grid.
 
-    params: with its layers as a tuple (`unstack`). levels: [frames]. text: per encoder sequence [s, width], mask [s].
+    params: with its layers as a tuple (`unstack`). levels: [frames]. text: per encoder sequence [s, width] and mask
+    [s] or [frames, s].
     """
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     frames, heads, dim = config.grid[0], config.num_heads, config.head_dim
@@ -60,7 +61,10 @@ def velocity(params, config, latents, levels, text):
         sequence.append(
             norm(hidden, "layer", of_encoder["norm"]) if linear_norm else dense(of_encoder["linear_2"], gelu(hidden))
         )
-    sequence, seen = np.concatenate(sequence), np.concatenate([mask for _, mask in text])
+    sequence, seen = np.concatenate(sequence), np.concatenate([mask for _, mask in text], axis=-1)
+    by_frame = np.broadcast_to(seen, (frames, len(sequence)))
+    if config.pooled_text:
+        time = time + dense(p["pooled_text"], np.stack([sequence[mask].mean(0) for mask in by_frame]))
 
     for layer in p["blocks"]:
         if config.adaln == "single":
@@ -81,7 +85,7 @@ def velocity(params, config, latents, levels, text):
         [q] = split(dense(cross["query"], norm(x, p=layer["cross_norm"])), 1)
         k, v = split(dense(cross["key_value"], sequence), 2)
         q, k = qk_norm(q, cross.get("query_norm")), qk_norm(k, cross.get("key_norm"))
-        x = x + dense(cross["out"], attend(q, k, v, seen))
+        x = x + dense(cross["out"], attend(q, k, v, by_frame[frame_of]))
         hidden, ffn = norm(x) * (1 + scale_2) + shift_2, layer["feed_forward"]
         up = dense(ffn["up"], hidden)
         up = gelu(up) if config.ffn == "gelu" else up * silu(dense(ffn["gate"], hidden))

@@ -80,11 +80,12 @@ def apply(config, params, *inputs):
     "variant",
     [
         {},
+        {"pooled_text": True, "qk_norm": "head", "norm": "rms"},
         {"norm": "rms", "ffn": "swiglu"},
         {"adaln": "per_block", "qk_norm": "head"},
         {"position": "rope", "qk_norm": "width", "text_projection": "mlp"},
     ],
-    ids=lambda variant: "-".join(variant.values()) or "movie_gen",
+    ids=lambda variant: "-".join(map(str, variant.values())) or "movie_gen",
 )
 def test_every_variant_equals_its_plain_definition(variant, plain_dit):
     config = dataclasses.replace(TINY, **variant)
@@ -250,6 +251,41 @@ def test_texts_of_several_encoders_are_one_sequence():
     alone = apply(TINY, params, latents, levels, text[:1])
     np.testing.assert_allclose(apply(TINY, params, latents, levels, silent), alone, atol=1e-4)
     assert np.abs(both - alone).max() > 1e-2
+
+
+# ---- prompts per frame ----
+
+
+def side_by_side(first, second, takes_second):
+    """Two prompts in one text: keys of both, and for each frame a mask that shows one of them."""
+    return tuple(
+        (
+            np.concatenate([a, b], axis=1),
+            np.concatenate([m[:, None] & ~takes_second[..., None], n[:, None] & takes_second[..., None]], axis=-1),
+        )
+        for (a, m), (b, n) in zip(first, second)
+    )
+
+
+@pytest.mark.parametrize("pooled", [False, True])
+def test_frames_with_prompts_of_their_own_are_those_of_separate_forwards(pooled, plain_dit):
+    """Windows of one frame keep the frames apart: each must be what a forward with its prompt alone makes of it."""
+    config = dataclasses.replace(TINY, num_layers=2, windows=((1, 2, 2),), pooled_text=pooled, qk_norm="head")
+    params, (latents, levels, first) = filled(config), inputs_of(config, batch=2)
+    second = inputs_of(config, batch=2, seed=1)[2]
+    takes_second = np.array([[False, True, True, False], [True, True, False, True]])
+    out = apply(config, params, latents, levels, side_by_side(first, second, takes_second))
+    one, other = (apply(config, params, latents, levels, text) for text in (first, second))
+    expected = np.where(takes_second[..., None, None, None], other, one)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(out, expected, atol=1e-5 * scale)
+    assert np.abs(one - other).max() > 1e-2 * scale
+    mixed = dataclasses.replace(config, num_layers=1, windows=((4, 2, 2),), shifted=(False,))
+    text = side_by_side(first, second, takes_second)
+    params = filled(mixed)
+    out = apply(mixed, params, latents, levels, text)
+    plain = plain_dit.velocity(unstack(params), mixed, latents[0], levels[0], [(x[0], mask[0]) for x, mask in text])
+    np.testing.assert_allclose(out[0], plain, rtol=1e-4, atol=1e-4 * np.abs(plain).max())
 
 
 # ---- shapes ----

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamdit_jax.config import AutoencoderObjective
 from streamdit_jax.models.tae import TAE, TAEConfig
+from streamdit_jax.stages import AutoencoderObjective
 from streamdit_jax.training import autoencoder as module
 
 CONFIG = TAEConfig(5, ((4, 2, 2), (1, 2, 2)), (8, 8), (0, 1), linear_skip=True)
@@ -172,3 +172,32 @@ def test_statistics_of_nothing_and_of_a_constant(started):
         module.latent_statistics(params["tae"], [], CONFIG)
     one_frame = module.latent_statistics(params["tae"], [np.zeros((1, 4, 4, 4, 3), np.uint8)], CONFIG)
     assert (np.asarray(one_frame["latent_std"]) == 1).all()
+
+
+def test_channels_weigh_what_they_change_in_the_picture(started):
+    """A decoder that is linear changes the picture by the norm of a channel's column; at power 0.5 so do the scales.
+    Pictures themselves are coded as before.
+    """
+    _, params, batch = started
+    params = jax.tree.map(jnp.asarray, params["tae"])
+    params["decoder"] = jax.tree.map(jnp.zeros_like, params["decoder"])
+    params = module.latent_statistics(params, [batch["video"]], CONFIG)
+    videos = [clips(seed) for seed in range(4)]
+    weighed = module.weigh_channels(params, videos, CONFIG, 0.5)
+    scale = params["latent_std"] / weighed["latent_std"]
+    expected = jnp.linalg.norm(params["decoder_skip"]["kernel"] * params["latent_std"][:, None], axis=1)
+    expected /= jnp.sqrt(jnp.mean(expected**2))
+    np.testing.assert_allclose(scale, expected, rtol=0.1)
+    np.testing.assert_allclose(jnp.mean(scale**2), 1, rtol=1e-5)
+    assert scale.max() > 1.3 * scale.min()
+
+    def coded(params):
+        video = module.to_unit_range(batch["video"])
+        latents = TAE(CONFIG).apply({"params": params}, video, method=TAE.encode)[0]
+        return TAE(CONFIG).apply({"params": params}, latents, method=TAE.decode)[0]
+
+    np.testing.assert_allclose(coded(weighed), coded(params), atol=1e-4)
+    same = module.weigh_channels(params, videos, CONFIG, 0.0)
+    np.testing.assert_allclose(same["latent_std"], params["latent_std"], rtol=1e-6)
+    with pytest.raises(ValueError, match="videos"):
+        module.weigh_channels(params, [], CONFIG, 0.5)

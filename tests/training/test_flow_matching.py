@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from streamdit_jax import flow
-from streamdit_jax.config import FlowMatchingObjective, MixtureConfig
 from streamdit_jax.models.text import tokenize
+from streamdit_jax.stages import FlowMatchingObjective, MixtureConfig
 from streamdit_jax.training.flow_matching import flow_matching
 from streamdit_jax.training.text_alignment import gist, pool, text_alignment
 
@@ -79,6 +79,19 @@ def test_training_starts_from_what_is_given(tiny, params):
     assert begun["text"] is params["text"] and not np.any(begun["dit"]["velocity"]["kernel"])
     begun = objective.init(jax.random.key(0), {**batch, "initial": params})
     assert begun["dit"] is params["dit"]
+
+
+def test_text_encoders_that_do_not_learn_are_constants(tiny, params):
+    """The same loss as with learning ones, and parameters, so gradients and a moving average too, of the DiT alone."""
+    learning, batch = objective_of(tiny), batch_of(["a red car"] * 4)
+    frozen = flow_matching(
+        tiny, FlowMatchingObjective(MixtureConfig((("N4c2s1", 1.0),)), caption_dropout=0.0), text_params=params["text"]
+    )
+    begun = frozen.init(jax.random.key(0), {**batch, "initial": params})
+    assert list(begun) == ["dit"] and begun["dit"] is params["dit"]
+    expected, _ = jax.jit(learning.loss)(params, learning.constants, batch, jax.random.key(1))
+    value, _ = jax.jit(frozen.loss)(begun, frozen.constants, batch, jax.random.key(1))
+    np.testing.assert_allclose(value, expected, rtol=1e-6)
 
 
 def test_gist_and_pool_against_numpy():

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from streamdit_jax import sharding
-from streamdit_jax.config import OptimizerConfig, StageConfig
 from streamdit_jax.errors import StreamDiTError
+from streamdit_jax.stages import OptimizerConfig, StageConfig
 from streamdit_jax.training.loop import run_stage
 from streamdit_jax.training.objective import Objective
 

@@ -1,0 +1,1 @@
+"""Live sessions over WebSocket, and the page: protocol, video, viewer, app. Needs the extra `serve`."""

@@ -1,0 +1,222 @@
+"""What a configuration says of training: its stages, their losses and their optimizer, as frozen dataclasses.
+
+`config.py` reads them. Each lists exactly the fields that something reads; an impossible value is a ValueError that
+begins with the field's name.
+"""
+
+import dataclasses
+
+from streamdit_jax import partition
+from streamdit_jax.partition import PartitionScheme
+
+
+def require(condition: bool, message: str) -> None:
+    """ValueError with `message`, which begins with a field's name, unless the condition holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with warm-up. decay: cosine (to final_scale of the learning rate at the last step) | constant."""
+
+    learning_rate: float
+    warmup_steps: int = 100
+    decay: str = "cosine"
+    final_scale: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.99
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+    def __post_init__(self):
+        require(self.learning_rate > 0, f"learning_rate: must be positive, not {self.learning_rate}")
+        require(self.decay in ("cosine", "constant"), f"decay: {self.decay!r} is not one of cosine, constant")
+        require(self.warmup_steps >= 0, f"warmup_steps: must not be negative, not {self.warmup_steps}")
+        require(0 <= self.final_scale <= 1, f"final_scale: lies between 0 and 1, not at {self.final_scale}")
+        require(self.clip_norm > 0, f"clip_norm: must be positive, not {self.clip_norm}")
+
+
+@dataclasses.dataclass(frozen=True)
+class MixtureConfig:
+    """The mixture of partition schemes of a training run (StreamDiT §3.2); see `partition.mixture`.
+
+    entries: (scheme, weight) pairs, as ("N8c2s1", 1.0); training does not depend on the micro steps s.
+    uniform_share: share of plain text-to-video. draw: a scheme per "example" or per "batch".
+    shared_offset, ramp: shares of examples with one offset for all chunks, and of ramping-up buffers.
+    """
+
+    entries: tuple[tuple[str, float], ...]
+    uniform_share: float = 0.0
+    draw: str = "example"
+    shared_offset: float = 0.5
+    ramp: float = 0.0
+
+    def __post_init__(self):
+        require(self.draw in ("example", "batch"), f"draw: {self.draw!r} is not one of example, batch")
+        for index, (spelling, _) in enumerate(self.entries):
+            try:
+                PartitionScheme.parse(spelling)
+            except ValueError as mistake:
+                raise ValueError(f"entries.{index}: {mistake}") from None
+        self.arrays()
+
+    @property
+    def schemes(self) -> tuple[PartitionScheme, ...]:
+        return tuple(PartitionScheme.parse(spelling) for spelling, _ in self.entries)
+
+    def arrays(self) -> partition.Mixture:
+        """The mixture as arrays, data to a compiled step."""
+        weighted = [(scheme, weight) for scheme, (_, weight) in zip(self.schemes, self.entries)]
+        return partition.mixture(
+            weighted, uniform_share=self.uniform_share, shared_offset=self.shared_offset, ramp=self.ramp
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderObjective:
+    """Weights of the autoencoder's losses; `image_share` of the examples count as one-frame videos (Movie Gen
+    §3.1.1).
+    """
+
+    l1: float = 1.0
+    mse: float = 2.0
+    gradient: float = 0.5
+    kl: float = 1e-4
+    outlier: float = 1e-3
+    outlier_radius: float = 3.0
+    image_share: float = 0.25
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            require(
+                getattr(self, field.name) >= 0, f"{field.name}: must not be negative, not {getattr(self, field.name)}"
+            )
+        require(self.image_share <= 1, f"image_share: lies between 0 and 1, not at {self.image_share}")
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowMatchingObjective:
+    """Buffered flow matching over a mixture of partition schemes; captions are dropped for guidance at
+    `caption_dropout`.
+    """
+
+    mixture: MixtureConfig
+    caption_dropout: float = 0.1
+
+    def __post_init__(self):
+        require(0 <= self.caption_dropout <= 1, f"caption_dropout: lies between 0 and 1, not at {self.caption_dropout}")
+
+
+@dataclasses.dataclass(frozen=True)
+class StageConfig:
+    """What every stage of training has. batch_size counts all devices; intervals are in steps, 0 for never.
+
+    num_frames: frames of an example: of pixels for the autoencoder, of latents (the whole buffer) for the transformer.
+    abort_after_nonfinite: so many non-finite steps in a row end the run; each is skipped and counted.
+    """
+
+    steps: int
+    batch_size: int
+    num_frames: int
+    optimizer: OptimizerConfig
+    ema_decay: float = 0.999
+    log_every: int = 50
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    sample_every: int = 0
+    abort_after_nonfinite: int = 10
+
+    def __post_init__(self):
+        for field in (
+            "steps",
+            "batch_size",
+            "num_frames",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "abort_after_nonfinite",
+        ):
+            require(getattr(self, field) >= 1, f"{field}: must be at least 1, not {getattr(self, field)}")
+        require(
+            self.optimizer.warmup_steps <= self.steps,
+            f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than the stage's {self.steps} steps",
+        )
+        require(self.sample_every >= 0, f"sample_every: must not be negative, not {self.sample_every}")
+        require(0 <= self.ema_decay < 1, f"ema_decay: lies from 0 to below 1, not at {self.ema_decay}")
+
+
+@dataclasses.dataclass(frozen=True)
+class AutoencoderStage(StageConfig):
+    """importance_power: a finished channel's scale is (what one deviation of it changes in the picture)^power; 0 gives
+    every channel deviation 1, 0.5 makes distances between latents those between pictures. See
+    `training.autoencoder.weigh_channels`.
+    """
+
+    objective: AutoencoderObjective = AutoencoderObjective()
+    importance_power: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(0 <= self.importance_power <= 1, f"importance_power: from 0 to 1, not {self.importance_power}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextAlignmentStage(StageConfig):
+    """Text encoders alone, so that a DiT finds something to read; see `training.text_alignment`."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowMatchingStage(StageConfig):
+    """start_from: a model, bundled or a directory, whose text encoders and DiT are fine-tuned (§5.1); "" for none. It
+    may have a shorter buffer: training on images comes first (`training.flow_matching.lengthen`).
+    train_text: whether the text encoders learn too; they must come from somewhere if not.
+    """
+
+    objective: FlowMatchingObjective
+    start_from: str = ""
+    train_text: bool = True
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillationStage(StageConfig):
+    """Multistep distillation (StreamDiT §4.2); see `distill`.
+
+    teacher: a model, bundled or a directory, or "" for what this run has trained so far; the student starts as it and
+        shares its text encoders.
+    scheme: the student's, such as N8c2s1. teacher_steps: steps of the teacher for each of the student's.
+    guidance: the teacher's. method: segment | consistency. uniform_share, rollout_share: shares of the inputs that are
+        buffers at one level, and states of the student's own streaming after up to `rollout_chunks` chunks.
+    """
+
+    scheme: str
+    teacher_steps: int
+    guidance: float
+    teacher: str = ""
+    method: str = "segment"
+    uniform_share: float = 0.25
+    rollout_share: float = 0.25
+    rollout_chunks: int = 4
+
+    def __post_init__(self):
+        super().__post_init__()
+        try:
+            PartitionScheme.parse(self.scheme)
+        except ValueError as mistake:
+            raise ValueError(f"scheme: {mistake}") from None
+        require(self.method in ("segment", "consistency"), f"method: {self.method!r} is not segment or consistency")
+        for field in ("teacher_steps", "rollout_chunks"):
+            require(getattr(self, field) >= 1, f"{field}: must be at least 1, not {getattr(self, field)}")
+        for field in ("uniform_share", "rollout_share"):
+            require(0 <= getattr(self, field) <= 1, f"{field}: lies between 0 and 1, not at {getattr(self, field)}")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    """The stages of a run, in the order in which they run; a stage that is absent is skipped."""
+
+    autoencoder: AutoencoderStage | None = None
+    text_alignment: TextAlignmentStage | None = None
+    flow_matching: FlowMatchingStage | None = None
+    distillation: DistillationStage | None = None

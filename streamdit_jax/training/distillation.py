@@ -1,0 +1,97 @@
+"""The distillation objective: multistep distillation of steps and guidance together, through the one training loop
+(StreamDiT §4.2; `streamdit_jax.distill` has the method).
+
+The student starts as the teacher; the teacher, and the text encoders that both read, are constants of the step.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from streamdit_jax import distill, flow, stream
+from streamdit_jax.config import Config
+from streamdit_jax.models.dit import DiT
+from streamdit_jax.models.text import tokenize
+from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.stages import DistillationStage
+from streamdit_jax.training.flow_matching import encode_text, max_tokens
+from streamdit_jax.training.objective import Objective
+
+
+def distillation(config: Config, stage: DistillationStage, teacher: dict[str, Any]) -> Objective:
+    """The objective of a student DiT on {"latents", "tokens", "text_mask"}; params {"dit": …}.
+
+    teacher: {"text": {"0": …}, "dit": …}; the student starts as its DiT. Of a batch, the first ⌊rollout_share·b⌋
+    examples are states that the student reaches by streaming 1 … `rollout_chunks` chunks from noised clips; of the
+    others, a share `uniform_share` is at one level for the whole buffer, the rest at the levels of streaming. Metrics:
+    `rollout_loss`, and `target_norm`, the mean square of what is learnt.
+    """
+    scheme = PartitionScheme.parse(stage.scheme)
+    start = distill.starts(scheme, stage.teacher_steps)
+    dit = DiT(config.dit)
+    empty_tokens, empty_mask = tokenize("", max_tokens(config.text))
+
+    def velocity(params):
+        return lambda latents, text, levels: dit.apply({"params": params}, latents, levels, text)
+
+    def init(key, batch):
+        del key
+        return {"dit": batch["initial"]["dit"]}
+
+    def loss(params, constants, batch, key):
+        level_key, noise_key, place_key, cycle_key, rollout_key = jax.random.split(key, 5)
+        clean, size = batch["latents"], len(batch["latents"])
+        text = encode_text(config.text, constants["text"], batch["tokens"], batch["text_mask"])
+        null = encode_text(config.text, constants["text"], empty_tokens[None], empty_mask[None])
+        null = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape[1:])), null)
+        condition = stream.Condition(text, null, jnp.broadcast_to(constants["guidance"], (size,)))
+        student = velocity(params["dit"])
+        frozen_student = velocity(jax.lax.stop_gradient(params["dit"]))
+
+        levels = distill.draw_starts(level_key, start, size, constants["uniform_share"])
+        rolled = int(stage.rollout_share * size)
+        if rolled:  # they are at the first micro step of streaming
+            levels = levels.at[:rolled].set(start.streaming[0])
+        place = jnp.zeros(size, jnp.int32)
+        if stage.method == "consistency":
+            place = jax.random.randint(place_key, (size,), 0, stage.teacher_steps).at[:rolled].set(0)
+        now = levels[jnp.arange(size), place]
+        noise = jax.random.normal(noise_key, clean.shape)
+        begin = flow.interpolate(clean, noise, now)
+        if rolled:
+            cycles = jax.random.randint(cycle_key, (rolled,), 1, stage.rollout_chunks + 1)
+            made = distill.rollout(
+                frozen_student,
+                begin[:rolled],
+                jax.random.split(rollout_key, rolled),
+                cycles,
+                jax.tree.map(lambda x: x[:rolled], text),
+                scheme,
+                stage.rollout_chunks,
+            )
+            begin = begin.at[:rolled].set(made)
+
+        guide = velocity(constants["teacher"])
+        if stage.method == "segment":
+            target = distill.segment_target(guide, begin, levels, condition)
+        else:
+            target = distill.consistency_target(guide, frozen_student, begin, levels, place, condition)
+        predicted = student(begin, text, now)
+        scored = jnp.broadcast_to(start.scored, now.shape)
+        rolled_only = scored & (jnp.arange(size) < rolled)[:, None]
+        metrics = {"target_norm": flow.loss(target, jnp.zeros_like(target), scored)}
+        if rolled:
+            metrics["rollout_loss"] = flow.loss(predicted, target, rolled_only)
+        return flow.loss(predicted, target, scored), metrics
+
+    constants = {
+        "teacher": teacher["dit"],
+        "text": teacher["text"],
+        "guidance": np.float32(stage.guidance),
+        "uniform_share": np.float32(stage.uniform_share),
+    }
+    # An argument of init, as in flow matching: closed over, a large teacher would be compiled into it.
+    first_batch = {"initial": {"dit": teacher["dit"]}}
+    return Objective(name="distillation", init=init, loss=loss, constants=constants, first_batch=first_batch)
