@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from streamdit_jax import machine
-from streamdit_jax.bench import flops, profile, start, streaming, training
+from streamdit_jax import flops, machine
+from streamdit_jax.bench import profile, start, streaming, training
 from streamdit_jax.bench.peaks import peaks
 from streamdit_jax.bench.subject import Subject, resolve
 from streamdit_jax.errors import ConfigError

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from streamdit_jax.bench import flops
+from streamdit_jax import flops
 from streamdit_jax.bench.streaming import LEAST, quantiles
 from streamdit_jax.bench.subject import Subject
 from streamdit_jax.errors import ConfigError

@@ -6,7 +6,6 @@ save.
 """
 
 import contextlib
-import functools
 import json
 import signal
 import threading
@@ -19,13 +18,12 @@ from typing import Any
 import jax
 
 from streamdit_jax import sharding
-from streamdit_jax.errors import ConfigError, DataError, StreamDiTError
+from streamdit_jax.errors import DataError, StreamDiTError
 from streamdit_jax.training.checkpoint import Checkpoints
 from streamdit_jax.training.metrics import MetricsWriter
 from streamdit_jax.training.objective import Objective
-from streamdit_jax.training.optimizer import make_optimizer, make_schedule
-from streamdit_jax.training.state import TrainState, init_state
-from streamdit_jax.training.step import make_train_step
+from streamdit_jax.training.program import make_key, make_program
+from streamdit_jax.training.state import TrainState
 
 # Steps that may be under way at once. Two keep the device busy; more would only hold more batches in its memory.
 IN_FLIGHT = 2
@@ -76,19 +74,8 @@ def run_stage(
     """
     first_process = jax.process_index() == 0
     say = log if first_process else lambda _: None
-    field = f"training.{objective.name}"
     config = json.loads(config_json if isinstance(config_json, str) else json.dumps(config_json))
-    if stage.batch_size % sharding.batch_shards(mesh):
-        parts = sharding.batch_shards(mesh)
-        raise ConfigError(
-            f"{field}.batch_size: {stage.batch_size} examples cannot be cut for {parts} devices; "
-            f"use a multiple of {parts}"
-        )
-    try:
-        tx, schedule = make_optimizer(stage.optimizer, stage.steps), make_schedule(stage.optimizer, stage.steps)
-    except ValueError as error:
-        raise ConfigError(f"{field}.{error}") from error
-
+    program = make_program(objective, stage, mesh)
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(_StopRequest())
@@ -97,11 +84,9 @@ def run_stage(
         start = checkpoints.latest() or 0
 
         source = _Batches(make_batches, start, stage.steps, stage.batch_size, mesh)
-        key = jax.jit(lambda: jax.random.key(seed), out_shardings=sharding.replicated(mesh))()
-        initialise = functools.partial(init_state, objective, tx)
+        key = make_key(seed, mesh)
         first_batch = source.ahead if objective.first_batch is None else objective.first_batch
-        like = sharding.abstract_arrays(jax.eval_shape(initialise, key, first_batch), mesh)
-        shardings = jax.tree.map(lambda x: x.sharding, like)
+        like = program.abstract_state(key, first_batch)
         if start:
             state, position, saved_config = checkpoints.restore(like, start)
             if position != start:  # not so while a step reads one batch; the checkpoint's word counts
@@ -111,20 +96,13 @@ def run_stage(
             for line in _differences(saved_config, config):
                 say(f"{objective.name}: the configuration has changed since: {line}")
         else:
-            position = 0
-            state = jax.jit(initialise, out_shardings=shardings)(key, first_batch)
+            position, state = 0, program.first_state(key, first_batch, like)
         if start >= stage.steps:
             return state
 
         constants = sharding.place(objective.constants, mesh)
-        step = jax.jit(
-            make_train_step(objective, tx, stage.ema_decay, schedule),
-            donate_argnums=0,
-            out_shardings=(shardings, sharding.replicated(mesh)),
-        )
         began = time.perf_counter()
-        # Compiled ahead, so that a batch of another shape is an error and never a second compilation (law 1).
-        step = step.lower(state, constants, source.ahead, key).compile()
+        step = program.lower(like, constants, source.ahead, key).compile()
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         seconds = time.perf_counter() - began
         say(f"{objective.name}: {parameters:,} parameters on {mesh.size} device(s), compiled in {seconds:.1f} s")

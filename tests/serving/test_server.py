@@ -342,6 +342,7 @@ def test_seats_are_bounded_and_come_back(serve):
         assert one.picture().video == 2, "a restart keeps its place"
         two.socket.close()
         assert running.eventually(lambda: running.engine.free_slots == 1), "a closed tab frees its slot"
+        assert running.eventually(lambda: running.service.free_seats == 1), "and then its seat"
         three.say("start", prompt=DAY)
         assert three.event("started")
 

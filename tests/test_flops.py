@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from streamdit_jax.bench.flops import forward_flops, of_model
 from streamdit_jax.config import from_arguments
+from streamdit_jax.flops import forward_flops, of_model
 from streamdit_jax.models.dit import DiT
 
 
