@@ -19,7 +19,7 @@ from streamdit_jax import weights
 from streamdit_jax.config import Config, from_mapping
 from streamdit_jax.endless import START, Stream, checked_log, first_source
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
-from streamdit_jax.models.dit import DiT, Text, unstack
+from streamdit_jax.models.dit import DiT, DiTConfig, Text, unstack
 from streamdit_jax.models.tae import TAE, initial_decoder_state, initial_encoder_state
 from streamdit_jax.models.text import TextEncoder, tokenize
 from streamdit_jax.partition import PartitionScheme
@@ -340,19 +340,26 @@ class Pipeline:
         """
         shape = PartitionScheme(scheme.num_references, scheme.num_chunks, scheme.chunk_size, 1)
         if (shape, masked) not in self._steps:
-
-            def step(params, state, row, condition, source=None):
-                def velocity(latents, text, levels, *present):
-                    return DiT(self.config.dit).apply({"params": params}, latents, levels, text, *present)
-
-                apart = not isinstance(state, streaming.StreamState)
-                if apart:
-                    state, condition, source = map(_join, (state, condition, source))
-                result = streaming.step(velocity, state, row, condition, shape, source, masked=masked)
-                return tuple(map(_split, result)) if apart else result
-
-            self._steps[shape, masked] = jax.jit(step, donate_argnums=1)
+            self._steps[shape, masked] = streaming_step(self.config.dit, shape, masked)
         return functools.partial(self._steps[shape, masked], self._dit_params)
+
+
+def streaming_step(config: DiTConfig, scheme: PartitionScheme, masked: bool) -> Any:
+    """The jitted (params, state, row, condition, source=None) → (state, front) behind `Pipeline.step`; the state is
+    donated. `streamdit plan` compiles it for devices that are not there.
+    """
+
+    def step(params, state, row, condition, source=None):
+        def velocity(latents, text, levels, *present):
+            return DiT(config).apply({"params": params}, latents, levels, text, *present)
+
+        apart = not isinstance(state, streaming.StreamState)
+        if apart:
+            state, condition, source = map(_join, (state, condition, source))
+        result = streaming.step(velocity, state, row, condition, scheme, source, masked=masked)
+        return tuple(map(_split, result)) if apart else result
+
+    return jax.jit(step, donate_argnums=1)
 
 
 def _join(trees: tuple) -> Any:
