@@ -172,7 +172,8 @@ whole = np.arange(8.0).reshape(4, 2)
 cut = jax.make_array_from_callback(whole.shape, NamedSharding(mesh, P("data")), lambda index: whole[index])
 gathered = distributed.gather({"cut": cut, "own": np.float32(cluster.process)})
 first = distributed.from_first({"x": np.float32(10 + cluster.process)})
-ports = [line.split()[1] for line in open("/proc/net/tcp").readlines()[1:] if line.split()[3] == "0A"]
+sockets = [line.split() for table in ("tcp", "tcp6") for line in open(f"/proc/net/{table}").readlines()[1:]]
+ports = [fields[1] for fields in sockets if fields[3] == "0A"]
 print(json.dumps([len(jax.devices()), gathered["cut"].tolist(), float(gathered["own"]), float(first["x"]), ports]))
 distributed.leave(6 + cluster.process)
 """
@@ -207,6 +208,7 @@ def test_two_processes_find_each_other_on_loopback():
     for index, (said, error) in enumerate(outputs):
         devices, cut, own, first, listening = json.loads(said.splitlines()[-1])  # gloo talks, too
         assert (devices, cut, own, first) == (4, [[0, 1], [2, 3], [4, 5], [6, 7]], index, 10)
-        assert f"0100007F:{port:04X}" in listening and f"00000000:{port:04X}" not in listening
+        if index == 0:  # who still runs when the other looks is chance
+            assert [place for place in listening if place.endswith(f":{port:04X}")] == [f"0100007F:{port:04X}"]
         assert f"process {index} of 2 (STREAMDIT_COORDINATOR), coordinator localhost:{port}" in error
     assert [process.returncode for process in started] == [6, 7]
