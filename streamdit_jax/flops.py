@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 
 from streamdit_jax.config import Config
-from streamdit_jax.models.dit import DiTConfig
+from streamdit_jax.models.dit import Axes, DiTConfig
 
 
 def forward_flops(
@@ -57,7 +57,8 @@ def text_tokens(config: Config) -> int:
     return len(config.text) * min(of_encoder.max_tokens for of_encoder in config.text)
 
 
-def of_model(config: Config, *, text_is_cached: bool = True) -> dict[str, int]:
-    """`forward_flops` of a whole model's configuration."""
+def of_model(config: Config, bucket: Axes | None = None, *, text_is_cached: bool = True) -> dict[str, int]:
+    """`forward_flops` of a whole model's configuration, for its buffer or a smaller (frames, height, width)."""
     widths = [of_encoder.width for of_encoder in config.text]
-    return forward_flops(config.dit, text_tokens(config), widths, text_is_cached=text_is_cached)
+    dit = config.dit if bucket is None else config.dit.at(bucket)
+    return forward_flops(dit, text_tokens(config), widths, text_is_cached=text_is_cached)

@@ -7,6 +7,7 @@ time 0 (noise) to 1 (clean).
     grid             t_k = γ(k / T), k = 0..T, with γ(t) = t^p                                                   (eq. 9)
     at micro step m  chunk j sits at grid index k(j, m) = (N − 1 − j)·s + m; references sit at t = 1
     in training      chunk j draws u_j ~ U[(N − 1 − j)/N, (N − j)/N], and τ_j = γ(u_j) for all of its frames     (eq. 8)
+                     where N = 1 and K = 0, which is plain text-to-video, u ~ sigmoid(N(0, 1)) may be drawn instead
 
 Chunk 0 is the oldest, the cleanest, and the first that is shown. Sampler and training read their levels from the same
 `PartitionScheme`.
@@ -121,7 +122,8 @@ class Mixture(NamedTuple):
     compilation (§3.2).
 
     Each of `first_low` (u of the segment's lower end), `width` (1/N; 0 for references) and `chunk` (the chunk's
-    number, −1 for references) is [M, B]; `num_chunks`, `power` and `probability` are [M].
+    number, −1 for references) is [M, B]; `num_chunks`, `power`, `probability` and `logit_normal` (draw the offset so,
+    instead of uniformly) are [M].
     """
 
     first_low: Float[Array, "M B"]
@@ -130,6 +132,7 @@ class Mixture(NamedTuple):
     num_chunks: Int[Array, "M"]
     power: Float[Array, "M"]
     probability: Float[Array, "M"]
+    logit_normal: Bool[Array, "M"]
     shared_offset: Float[Array, ""]
     ramp: Float[Array, ""]
 
@@ -138,6 +141,7 @@ def mixture(
     entries: list[tuple[PartitionScheme, float]],
     *,
     uniform_share: float = 0.0,
+    logit_normal: bool = False,
     shared_offset: float = 0.0,
     ramp: float = 0.0,
 ) -> Mixture:
@@ -145,6 +149,8 @@ def mixture(
 
     entries: (scheme, weight) pairs over one buffer size; weights need not sum to one.
     uniform_share: the share of draws that is plain text-to-video instead (N = 1, c = B).
+    logit_normal: plain text-to-video, from an entry or from uniform_share, draws its flow time from logit-normal(0, 1)
+        (Movie Gen §3.1.2) instead of uniformly; other schemes do not.
     shared_offset: the share of examples whose chunks share one offset within their segments, which is what inference
         visits; the others draw an offset for each chunk (eq. 8).
     ramp: the share of examples in which only the first r ~ U{1..N} chunks exist, as in the triangular ramp-up.
@@ -178,6 +184,7 @@ def mixture(
         num_chunks=counts,
         power=np.array([scheme.power for scheme in schemes], np.float32),
         probability=probability.astype(np.float32),
+        logit_normal=logit_normal & ~np.any(chunk, axis=1),
         shared_offset=np.float32(shared_offset),
         ramp=np.float32(ramp),
     )
@@ -211,6 +218,8 @@ def draw_levels(key: Array, schemes: Mixture, batch_size: int, *, per_example: b
         offset = jax.random.uniform(offset_key, (size,))[jnp.maximum(chunk, 0)]
         shared = jax.random.uniform(share_key, (2,))
         offset = jnp.where(shared[0] < schemes.shared_offset, shared[1], offset)
+        # The quantiles of the logit-normal distribution, so that the same draw serves both.
+        offset = jnp.where(schemes.logit_normal[index], jax.nn.sigmoid(jax.scipy.special.ndtri(offset)), offset)
         level = schemes.first_low[index] + offset * schemes.width[index]
 
         present_chunks = jax.random.randint(length_key, (), 1, count + 1)

@@ -9,6 +9,8 @@ import dataclasses
 from streamdit_jax import partition
 from streamdit_jax.partition import PartitionScheme
 
+MAIN = "main"  # the bucket of a stage's own shape
+
 
 def require(condition: bool, message: str) -> None:
     """ValueError with `message`, which begins with a field's name, unless the condition holds."""
@@ -42,35 +44,59 @@ class OptimizerConfig:
 class MixtureConfig:
     """The mixture of partition schemes of a training run (StreamDiT §3.2); see `partition.mixture`.
 
-    entries: (scheme, weight) pairs, as ("N8c2s1", 1.0); training does not depend on the micro steps s.
-    uniform_share: share of plain text-to-video. draw: a scheme per "example" or per "batch".
+    entries: (scheme, weight) pairs, as ("N8c2s1", 1.0); training does not depend on the micro steps s. A batch whose
+        clips have another length than the buffer takes the entries that tile it.
+    uniform_share: share of plain text-to-video. uniform_levels: how its flow time is drawn, "uniform" or "logit_normal"
+        (Movie Gen §3.1.2), wherever it comes from: an entry with N = 1 and K = 0 is plain text-to-video, too.
+    draw: a scheme per "example" or per "batch".
     shared_offset, ramp: shares of examples with one offset for all chunks, and of ramping-up buffers.
     """
 
     entries: tuple[tuple[str, float], ...]
     uniform_share: float = 0.0
+    uniform_levels: str = "uniform"
     draw: str = "example"
     shared_offset: float = 0.5
     ramp: float = 0.0
 
     def __post_init__(self):
         require(self.draw in ("example", "batch"), f"draw: {self.draw!r} is not one of example, batch")
+        require(
+            self.uniform_levels in ("uniform", "logit_normal"),
+            f"uniform_levels: {self.uniform_levels!r} is not one of uniform, logit_normal",
+        )
         for index, (spelling, _) in enumerate(self.entries):
             try:
                 PartitionScheme.parse(spelling)
             except ValueError as mistake:
                 raise ValueError(f"entries.{index}: {mistake}") from None
-        self.arrays()
+        require(len(self.entries) > 0, "entries: a mixture needs at least one scheme")
+        for frames in {scheme.buffer_size for scheme in self.schemes}:
+            self.arrays(frames)
 
     @property
     def schemes(self) -> tuple[PartitionScheme, ...]:
         return tuple(PartitionScheme.parse(spelling) for spelling, _ in self.entries)
 
-    def arrays(self) -> partition.Mixture:
-        """The mixture as arrays, data to a compiled step."""
-        weighted = [(scheme, weight) for scheme, (_, weight) in zip(self.schemes, self.entries)]
+    def arrays(self, frames: int) -> partition.Mixture:
+        """The mixture of the schemes that tile `frames` frames, as arrays: data to a compiled step.
+
+        A single frame needs no entry: there is one way to divide it. ValueError where no scheme tiles another length.
+        """
+        weighted = [
+            (scheme, weight)
+            for scheme, (_, weight) in zip(self.schemes, self.entries)
+            if scheme.buffer_size == frames
+        ]
+        if frames == 1 and not weighted:
+            weighted = [(PartitionScheme(0, 1, 1, 1), 1.0)]
+        require(len(weighted) > 0, f"entries: no scheme tiles a buffer of {frames} frames; add one")
         return partition.mixture(
-            weighted, uniform_share=self.uniform_share, shared_offset=self.shared_offset, ramp=self.ramp
+            weighted,
+            uniform_share=self.uniform_share,
+            logit_normal=self.uniform_levels == "logit_normal",
+            shared_offset=self.shared_offset,
+            ramp=self.ramp,
         )
 
 
@@ -114,6 +140,7 @@ class StageConfig:
     """What every stage of training has. batch_size counts all devices; intervals are in steps, 0 for never.
 
     num_frames: frames of an example: of pixels for the autoencoder, of latents (the whole buffer) for the transformer.
+    accumulate: the parts of a batch that go through one after another; the update takes the mean of their gradients.
     abort_after_nonfinite: so many non-finite steps in a row end the run; each is skipped and counted.
     """
 
@@ -122,6 +149,7 @@ class StageConfig:
     num_frames: int
     optimizer: OptimizerConfig
     ema_decay: float = 0.999
+    accumulate: int = 1
     log_every: int = 50
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
@@ -133,6 +161,7 @@ class StageConfig:
             "steps",
             "batch_size",
             "num_frames",
+            "accumulate",
             "log_every",
             "checkpoint_every",
             "keep_checkpoints",
@@ -140,11 +169,19 @@ class StageConfig:
         ):
             require(getattr(self, field) >= 1, f"{field}: must be at least 1, not {getattr(self, field)}")
         require(
+            self.batch_size % self.accumulate == 0,
+            f"accumulate: {self.accumulate} does not divide a batch_size of {self.batch_size}",
+        )
+        require(
             self.optimizer.warmup_steps <= self.steps,
             f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than the stage's {self.steps} steps",
         )
         require(self.sample_every >= 0, f"sample_every: must not be negative, not {self.sample_every}")
         require(0 <= self.ema_decay < 1, f"ema_decay: lies from 0 to below 1, not at {self.ema_decay}")
+
+    def batch_sizes(self) -> dict[str, int]:
+        """The sizes of the batches that the stage's step takes, by the name of their field."""
+        return {"batch_size": self.batch_size}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,16 +204,63 @@ class TextAlignmentStage(StageConfig):
     """Text encoders alone, so that a DiT finds something to read; see `training.text_alignment`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class BucketConfig:
+    """Batches of another shape than the stage's own, trained on beside them (Movie Gen §3.2.1).
+
+    latent: (frames, height, width) of the latents, none above `dit.latent`; (1, height, width) is an image.
+    batch_size: of all devices. share: of the steps; the stage's own shape has what is left.
+    source: records of latents of this size; "" cuts shorter clips, so also single frames, out of the stage's own data.
+    """
+
+    latent: tuple[int, int, int]
+    batch_size: int
+    share: float
+    source: str = ""
+
+    def __post_init__(self):
+        require(min(self.latent) >= 1, f"latent: every size must be at least 1, not {self.latent}")
+        require(self.batch_size >= 1, f"batch_size: must be at least 1, not {self.batch_size}")
+        require(0 < self.share < 1, f"share: lies between 0 and 1, not at {self.share}")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FlowMatchingStage(StageConfig):
     """start_from: a model, bundled or a directory, whose text encoders and DiT are fine-tuned (§5.1); "" for none. It
     may have a shorter buffer: training on images comes first (`training.flow_matching.lengthen`).
-    train_text: whether the text encoders learn too; they must come from somewhere if not.
+    text_from: a model whose text encoders are taken, for a DiT that begins anew. train_text: whether the text encoders
+        learn too; they must come from somewhere if not.
+    buckets: batches of other shapes, by a name of their own.
     """
 
     objective: FlowMatchingObjective
     start_from: str = ""
+    text_from: str = ""
     train_text: bool = True
+    buckets: dict[str, BucketConfig] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(
+            not (self.start_from and self.text_from),
+            "text_from: start_from brings text encoders of its own; give only one of both",
+        )
+        for name, bucket in self.buckets.items():
+            require(name != MAIN, f"buckets.{name}: this is the name of the stage's own shape; choose another")
+            require(
+                bucket.batch_size % self.accumulate == 0,
+                f"buckets.{name}.batch_size: accumulate = {self.accumulate} does not divide {bucket.batch_size}",
+            )
+        shares = sum(bucket.share for bucket in self.buckets.values())
+        require(shares < 1, f"buckets: their shares make {shares:g}; the stage's own shape needs some of the steps")
+
+    def shares(self) -> dict[str, float]:
+        """Of the steps, by bucket; the stage's own shape first, the others by name."""
+        named = {name: self.buckets[name].share for name in sorted(self.buckets)}
+        return {MAIN: 1 - sum(named.values()), **named}
+
+    def batch_sizes(self) -> dict[str, int]:
+        return super().batch_sizes() | {f"buckets.{n}.batch_size": b.batch_size for n, b in self.buckets.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

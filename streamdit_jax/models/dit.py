@@ -24,8 +24,10 @@ from jaxtyping import Array, Bool, Float
 from streamdit_jax.kernels.windows import TokenOrder, Windows
 from streamdit_jax.models.attention import CrossAttention, SelfAttention
 from streamdit_jax.models.embeddings import FactorisedPosition, TextProjection, TimeEmbedding, rotary_angles
+from streamdit_jax.sharding import constrain
 
 Axes = tuple[int, int, int]
+TOKENS = ("batch", "tokens", None)  # the logical axes of hidden states
 # Per text encoder: its sequence [batch, tokens, width] and mask, False for padding: [batch, tokens], or, where the
 # frames of a buffer have prompts of their own, [batch, frames, tokens] over the prompts side by side.
 Text = tuple[tuple[Float[Array, "b s width"], Bool[Array, "b *f s"]], ...]
@@ -138,6 +140,16 @@ class DiTConfig:
             return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
         return jnp.dtype(self.dtype)
 
+    def at(self, bucket: Axes) -> "DiTConfig":
+        """The configuration of a smaller buffer of (frames, height, width), which the same parameters serve: windows
+        end where the grid does. ValueError, beginning with "latent" or "windows", where it cannot be one.
+        """
+        if len(bucket) != 3 or any(size > whole for size, whole in zip(bucket, self.latent)):
+            raise ValueError(f"latent: {tuple(bucket)} does not fit into the model's {self.latent[:3]}")
+        grid = tuple(max(1, size // patch) for size, patch in zip(bucket, self.patch))
+        windows = tuple(tuple(map(min, window, grid)) for window in self.windows)
+        return dataclasses.replace(self, latent=(*bucket, self.latent[3]), windows=windows)
+
     def layer_windows(self) -> tuple[Windows, ...]:
         """The windows of each layer of one period, over one token order that serves them all."""
         layers = []
@@ -173,7 +185,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b tokens width"]) -> Float[Array, "b tokens width"]:
         dtype, hidden = self.config.compute_dtype, self.config.ffn_width
-        up = nn.Dense(hidden, dtype=dtype, name="up")(x)
+        up = constrain(nn.Dense(hidden, dtype=dtype, name="up")(x), "batch", "tokens", "mlp")
         if self.config.ffn == "swiglu":
             up = up * nn.silu(nn.Dense(hidden, dtype=dtype, name="gate")(x))
         else:
@@ -232,7 +244,8 @@ class Block(nn.Module):
         attention_shift, attention_scale, attention_gate, ffn_shift, ffn_scale, ffn_gate = modulation
         angles = None
         if config.position == "learned":
-            x = x + FactorisedPosition(order, config.width, dtype, name="position")()
+            position = FactorisedPosition(order, config.grid, config.width, dtype, name="position")()
+            x = x + constrain(position, "tokens", None)
         else:
             angles = rotary_angles(order, config.head_dim)
 
@@ -244,13 +257,18 @@ class Block(nn.Module):
             cross = CrossAttention(config.num_heads, config.qk_norm, dtype, name="cross_attention")
             x = x + cross(hidden, text, text_mask)
         hidden = modulate(_norm(config)(x), ffn_shift, ffn_scale)
-        return x + gated(FeedForward(config, name="feed_forward")(hidden), ffn_gate)
+        return constrain(x + gated(FeedForward(config, name="feed_forward")(hidden), ffn_gate), *TOKENS)
 
 
 class DiT(nn.Module):
-    """The velocity u_θ(X_τ, P, τ) of a buffer of latent frames (§3.1, §4.1)."""
+    """The velocity u_θ(X_τ, P, τ) of a buffer of latent frames (§3.1, §4.1).
+
+    buckets: further (frames, height, width) of latents that it takes; each compiles once. Parameters are those of
+        `config.latent`, whatever the bucket.
+    """
 
     config: DiTConfig
+    buckets: tuple[Axes, ...] = ()
 
     @nn.compact
     def __call__(
@@ -266,18 +284,21 @@ class DiT(nn.Module):
         text: per encoder its sequence and mask (see `Text`), all masks of one rank. frame_mask: False for frames that
             do not exist; no token attends to them.
 
-        Raises ValueError for latents of another shape than the configuration's.
+        Raises ValueError for latents of another shape than the configuration's and the buckets'.
         """
         config, dtype = self.config, self.config.compute_dtype
-        if tuple(latents.shape[1:]) != tuple(config.latent):
-            raise ValueError(f"latent: the model takes {config.latent} per buffer, not {tuple(latents.shape[1:])}")
-        layers = config.layer_windows()
+        *bucket, channels = latents.shape[1:]
+        if channels != config.latent[3] or tuple(bucket) not in (tuple(config.latent[:3]), *self.buckets):
+            others = "".join(f" or {(*other, config.latent[3])}" for other in self.buckets)
+            raise ValueError(f"latent: the model takes {config.latent}{others} per buffer, not {(*bucket, channels)}")
+        layers = config.at(tuple(bucket)).layer_windows()
         order = layers[0].order
 
         x = rearrange(
             latents.astype(dtype), "b f (h ph) (w pw) c -> b f h w (ph pw c)", ph=config.patch[1], pw=config.patch[2]
         )
-        x = nn.Dense(config.width, dtype=dtype, name="patch_embedding")(order.arrange(x))
+        x = constrain(order.arrange(x), *TOKENS)
+        x = constrain(nn.Dense(config.width, dtype=dtype, name="patch_embedding")(x), *TOKENS)
         time = TimeEmbedding(config.width, config.time_frequencies, dtype, name="time_embedding")(levels)
         sequence, sequence_mask = self._project_text(text)
         if config.pooled_text:
@@ -296,12 +317,12 @@ class DiT(nn.Module):
         key_mask = None
         if frame_mask is not None:
             tokens = jnp.ones((len(latents), order.num_tokens, 1), bool)
-            key_mask = (order.split_frames(tokens) & order.spread_frames(frame_mask[..., None])).reshape(
-                len(latents), -1
-            )
+            of_frame = order.split_frames(tokens) & order.spread_frames(frame_mask[..., None])
+            key_mask = constrain(of_frame.reshape(len(latents), -1), "batch", None)
 
         if sequence_mask is not None and sequence_mask.ndim == 3:
-            sequence_mask = sequence_mask[:, order.coordinates[:, 0]]  # every token reads its frame's prompt
+            by_token = sequence_mask[:, order.coordinates[:, 0]]  # every token reads its frame's prompt
+            sequence_mask = constrain(by_token, *TOKENS)
         x = self._blocks(layers, x, (time, shared, sequence, sequence_mask, key_mask))
 
         shift, scale = Modulation(config, 2, name="final_modulation")(
@@ -311,6 +332,7 @@ class DiT(nn.Module):
         x = x.reshape(len(latents), order.num_tokens, config.width)
         patch_values = config.patch[1] * config.patch[2] * config.latent[3]
         x = nn.Dense(patch_values, dtype=dtype, kernel_init=nn.initializers.zeros, name="velocity")(x)
+        x = constrain(constrain(x, *TOKENS), "batch", None, None)  # whole again: a token's few values, not its width
         return rearrange(
             order.restore(x.astype(jnp.float32)),
             "b f h w (ph pw c) -> b f (h ph) (w pw) c",

@@ -52,9 +52,13 @@ class TextProjection(nn.Module):
 
 
 class FactorisedPosition(nn.Module):
-    """Learnable tables for frame, row and column, summed for every token (Movie Gen §3.1.2)."""
+    """Learnable tables for frame, row and column, summed for every token (Movie Gen §3.1.2).
+
+    grid: the largest grid, which the tables are made for; one that `order` has smaller takes the first entries of each.
+    """
 
     order: TokenOrder
+    grid: tuple[int, int, int]
     width: int
     dtype: jnp.dtype
 
@@ -62,11 +66,11 @@ class FactorisedPosition(nn.Module):
     def __call__(self) -> Float[Array, "tokens width"]:
         tables = [
             self.param(name, nn.initializers.normal(0.02), (size, self.width))
-            for name, size in zip(("frame", "row", "column"), self.order.grid)
+            for name, size in zip(("frame", "row", "column"), self.grid)
         ]
-        frame, row, column = (table.astype(self.dtype) for table in tables)
-        raster = frame[:, None, None] + row[None, :, None] + column[None, None]
-        return self.order.arrange(raster[None])[0]
+        tables = [table[:size].astype(self.dtype) for table, size in zip(tables, self.order.grid)]
+        frame, row, column = (self.order.spread(table, axis) for axis, table in enumerate(tables))
+        return (frame + row + column).reshape(self.order.num_tokens, self.width)
 
 
 def rotary_angles(order: TokenOrder, head_dim: int, theta: float = 10_000.0) -> Float[np.ndarray, "tokens half"]:

@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from streamdit_jax import distill, flow, stream
+from streamdit_jax import distill, flops, flow, stream
 from streamdit_jax.config import Config
 from streamdit_jax.models.dit import DiT
 from streamdit_jax.models.text import tokenize
 from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.sharding import constrain
 from streamdit_jax.stages import DistillationStage
 from streamdit_jax.training.flow_matching import encode_text, max_tokens
 from streamdit_jax.training.objective import Objective
@@ -44,6 +45,7 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
         level_key, noise_key, place_key, cycle_key, rollout_key = jax.random.split(key, 5)
         clean, size = batch["latents"], len(batch["latents"])
         text = encode_text(config.text, constants["text"], batch["tokens"], batch["text_mask"])
+        text = tuple((constrain(x, "batch", None, None), mask) for x, mask in text)
         null = encode_text(config.text, constants["text"], empty_tokens[None], empty_mask[None])
         null = jax.tree.map(lambda x: jnp.broadcast_to(x, (size, *x.shape[1:])), null)
         condition = stream.Condition(text, null, jnp.broadcast_to(constants["guidance"], (size,)))
@@ -58,7 +60,7 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
         if stage.method == "consistency":
             place = jax.random.randint(place_key, (size,), 0, stage.teacher_steps).at[:rolled].set(0)
         now = levels[jnp.arange(size), place]
-        noise = jax.random.normal(noise_key, clean.shape)
+        noise = constrain(jax.random.normal(noise_key, clean.shape), "batch", *[None] * 4)
         begin = flow.interpolate(clean, noise, now)
         if rolled:
             cycles = jax.random.randint(cycle_key, (rolled,), 1, stage.rollout_chunks + 1)
@@ -92,6 +94,15 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
         "guidance": np.float32(stage.guidance),
         "uniform_share": np.float32(stage.uniform_share),
     }
+
+    def count(batch):
+        size, forward = len(batch["latents"]), flops.of_model(config, text_is_cached=False)["total"]
+        targets = 2 * stage.teacher_steps if stage.method == "segment" else 3
+        if stage.guidance == 1:
+            targets -= stage.teacher_steps if stage.method == "segment" else 1
+        rolled = int(stage.rollout_share * size) * stage.rollout_chunks * scheme.micro_steps
+        return forward * ((3 + targets) * size + rolled)
+
     # An argument of init, as in flow matching: closed over, a large teacher would be compiled into it.
     first_batch = {"initial": {"dit": teacher["dit"]}}
-    return Objective(name="distillation", init=init, loss=loss, constants=constants, first_batch=first_batch)
+    return Objective("distillation", init, loss, constants, first_batch=first_batch, flops=count)

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from streamdit_jax import flow
+from streamdit_jax import flops, flow
 from streamdit_jax.config import Config
-from streamdit_jax.models.dit import DiT, Text
+from streamdit_jax.models.dit import Axes, DiT, Text
 from streamdit_jax.models.tae import TAE
 from streamdit_jax.models.text import TextConfig, TextEncoder, tokenize
 from streamdit_jax.partition import draw_levels
+from streamdit_jax.sharding import constrain
 from streamdit_jax.stages import FlowMatchingObjective
 from streamdit_jax.training.autoencoder import to_unit_range
 from streamdit_jax.training.objective import Batch, Objective
@@ -61,15 +62,22 @@ def lengthen(params: Any, expected: Any) -> Any:
     return jax.tree_util.tree_map_with_path(longer, params, expected)
 
 
-def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=None, text_params=None) -> Objective:
+def flow_matching(
+    config: Config,
+    objective: FlowMatchingObjective,
+    tae_params=None,
+    text_params=None,
+    buckets: tuple[Axes, ...] = (),
+) -> Objective:
     """The objective of text encoders and DiT on {"latents" or "video", "tokens", "text_mask"}; params {"text": {"0":
     …}, "dit": …}, or {"dit": …} where text_params are given: text encoders that do not learn.
 
     `init` takes what the batch holds under "initial", {"text": …, "dit": …}, either or both, instead of fresh ones.
-    tae_params: the frozen autoencoder, needed where batches hold pixels. Metrics: `velocity_loss` by quarter of the
-        flow time, and `scored_share` of the frames.
+    tae_params: the frozen autoencoder, needed where batches hold pixels. buckets: (frames, height, width) of latents
+        that batches may have beside those of `dit.latent`; each takes the schemes of the mixture that tile its frames.
+    Metrics: `velocity_loss` by quarter of the flow time, and `scored_share` of the frames.
     """
-    dit, frozen_text = DiT(config.dit), text_params is not None
+    dit, frozen_text = DiT(config.dit, buckets), text_params is not None
     empty_tokens, empty_mask = tokenize("", max_tokens(config.text))
 
     def latents_of(constants, batch):
@@ -95,8 +103,10 @@ def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=N
         latents = jax.lax.stop_gradient(latents_of(constants, batch))
         size = len(latents)
         per_example = objective.mixture.draw == "example"
-        drawn = draw_levels(level_key, constants["mixture"], size, per_example=per_example)
-        noise = jax.random.normal(noise_key, latents.shape)
+        mixture = constants["mixture"][str(latents.shape[1])]
+        drawn = draw_levels(level_key, mixture, size, per_example=per_example)
+        drawn = jax.tree.map(lambda x: constrain(x, "batch", None), drawn)
+        noise = constrain(jax.random.normal(noise_key, latents.shape), "batch", *[None] * 4)
         dropped = jax.random.uniform(drop_key, (size, 1)) < constants["caption_dropout"]
         tokens = jnp.where(dropped, empty_tokens, batch["tokens"])
         mask = jnp.where(dropped, empty_mask, batch["text_mask"])
@@ -105,6 +115,7 @@ def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=N
         target = flow.velocity_target(latents, noise)
         present = drawn.present if objective.mixture.ramp else None
         text = encode_text(config.text, (constants if frozen_text else params)["text"], tokens, mask)
+        text = tuple((constrain(x, "batch", None, None), constrain(mask, "batch", None)) for x, mask in text)
         predicted = dit.apply({"params": params["dit"]}, noised, drawn.levels, text, present)
         value = flow.loss(predicted, target, drawn.scored)
         quarters = {}
@@ -113,9 +124,18 @@ def flow_matching(config: Config, objective: FlowMatchingObjective, tae_params=N
             quarters[f"velocity_loss_{quarter + 1}of4"] = flow.loss(predicted, target, inside)
         return value, {**quarters, "scored_share": jnp.mean(drawn.scored.astype(jnp.float32))}
 
-    constants = {"mixture": objective.mixture.arrays(), "caption_dropout": np.float32(objective.caption_dropout)}
+    frames = sorted({config.dit.latent[0], *(bucket[0] for bucket in buckets)})
+    constants = {
+        "mixture": {str(length): objective.mixture.arrays(length) for length in frames},
+        "caption_dropout": np.float32(objective.caption_dropout),
+    }
     if tae_params is not None:
         constants["tae"] = tae_params
     if frozen_text:
         constants["text"] = text_params
-    return Objective(name="flow_matching", init=init, loss=loss, constants=constants)
+
+    def count(batch):
+        latents = batch["latents"].shape if "latents" in batch else (len(batch["video"]), *config.dit.latent)
+        return 3 * latents[0] * flops.of_model(config, latents[1:4], text_is_cached=False)["total"]
+
+    return Objective(name="flow_matching", init=init, loss=loss, constants=constants, flops=count)

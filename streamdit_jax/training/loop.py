@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,8 @@ from streamdit_jax import sharding
 from streamdit_jax.errors import DataError, StreamDiTError
 from streamdit_jax.training.checkpoint import Checkpoints
 from streamdit_jax.training.metrics import MetricsWriter
-from streamdit_jax.training.objective import Objective
-from streamdit_jax.training.program import make_key, make_program
+from streamdit_jax.training.objective import Batch, Objective
+from streamdit_jax.training.program import make_key, make_program, shapes_of
 from streamdit_jax.training.state import TrainState
 
 # Steps that may be under way at once. Two keep the device busy; more would only hold more batches in its memory.
@@ -42,6 +42,7 @@ def run_stage(
     *,
     seed: int,
     mesh: jax.sharding.Mesh,
+    batches: Sequence[Batch] = (),
     config_json: Any = None,
     sample_fn: Callable[[int, Any], None] | None = None,
     log: Callable[[str], None] = print,
@@ -54,10 +55,12 @@ def run_stage(
         stage: a `StageConfig`: steps, batch_size, optimizer, ema_decay, log_every, checkpoint_every, sample_every,
             keep_checkpoints, abort_after_nonfinite.
         make_batches: first step → an iterator over the batches of that step and the following ones. Each is a dict of
-            numpy arrays whose first axis is this process's share of the global batch. All have the same shapes.
+            numpy arrays whose first axis is this process's share of the global batch.
         workdir: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`. One directory for each stage.
         seed: of the initialisation and of each step's randomness.
         mesh: from `sharding.make_mesh`; batch and parameters are cut along it.
+        batches: a global batch, or its `jax.ShapeDtypeStruct`s, of every shape that make_batches gives, each of which
+            has a step compiled for it before the first one runs; without, all have the shapes of the first.
         config_json: the whole configuration, as JSON text or as what `json.loads` gives; stored in each checkpoint.
         sample_fn: called with the steps done and the averaged parameters every `sample_every` steps. They are given
             away with the next step: it must not keep them.
@@ -67,7 +70,7 @@ def run_stage(
         the state after `stage.steps` steps.
     Raises:
         ConfigError: the batch size does not suit the mesh, or an optimizer's field is impossible.
-        DataError: the batches end too early, or change their shapes.
+        DataError: the batches end too early, or have a shape that is not expected.
         CheckpointError: a checkpoint is there but cannot be used, or one cannot be saved.
         StreamDiTError: `abort_after_nonfinite` steps in a row had a loss or a gradient that was not finite.
         Interrupted: a SystemExit, after saving, on SIGTERM or Ctrl-C.
@@ -83,15 +86,15 @@ def run_stage(
         stack.callback(checkpoints.close)
         start = checkpoints.latest() or 0
 
-        source = _Batches(make_batches, start, stage.steps, stage.batch_size, mesh)
+        abstract = [program.abstract_batch(batch) for batch in batches]
+        source = _Batches(make_batches, start, stage, mesh, abstract)
         key = make_key(seed, mesh)
         first_batch = source.ahead if objective.first_batch is None else objective.first_batch
         like = program.abstract_state(key, first_batch)
         if start:
             state, position, saved_config = checkpoints.restore(like, start)
             if position != start:  # not so while a step reads one batch; the checkpoint's word counts
-                end = position + stage.steps - start
-                source = _Batches(make_batches, position, end, stage.batch_size, mesh)
+                source = _Batches(make_batches, position, stage, mesh, abstract, position + stage.steps - start)
             say(f"{objective.name}: resumed after step {start} of {stage.steps}")
             for line in _differences(saved_config, config):
                 say(f"{objective.name}: the configuration has changed since: {line}")
@@ -102,16 +105,20 @@ def run_stage(
 
         constants = sharding.place(objective.constants, mesh)
         began = time.perf_counter()
-        step = program.lower(like, constants, source.ahead, key).compile()
+        step = program.compile_steps(like, constants, abstract or [source.ahead], key)
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
         seconds = time.perf_counter() - began
-        say(f"{objective.name}: {parameters:,} parameters on {mesh.size} device(s), compiled in {seconds:.1f} s")
+        shapes = f" for {len(step)} shapes of batch" if len(step) > 1 else ""
+        say(
+            f"{objective.name}: {parameters:,} parameters on {mesh.size} device(s), compiled{shapes} in {seconds:.1f} s"
+        )
 
         writer = stack.enter_context(MetricsWriter(workdir, step=start)) if first_process else None
         report = _Report(objective.name, stage, start, writer, say)
         in_flight: deque = deque()
         for done in range(start + 1, stage.steps + 1):
             state, metrics = step(state, constants, source.ahead, key)
+            report.sent(source.examples)
             source.fetch()
             if in_flight:
                 report.read(*in_flight[-1])
@@ -144,15 +151,17 @@ def run_stage(
 class _Batches:
     """Batches on their way to the devices, one ahead of the step that reads it."""
 
-    def __init__(self, make_batches, start: int, end: int, batch_size: int, mesh: jax.sharding.Mesh):
+    def __init__(self, make_batches, start: int, stage, mesh, expected: Sequence[Batch] = (), end: int | None = None):
         self._iterator, self._mesh = iter(make_batches(start)), mesh
-        self._position, self._end = start, max(end, start + 1)  # a stage that is done reads one batch, for its shapes
-        self.shapes = None
+        # A stage that is done reads one batch, for its shapes.
+        self._position, self._end = start, max(stage.steps if end is None else end, start + 1)
+        self._expected = {shapes_of(batch) for batch in expected}
+        self.examples = 0
         self.fetch()
-        for path, leaf in jax.tree_util.tree_leaves_with_path(self.ahead):
-            if leaf.ndim and len(leaf) != batch_size:
+        for path, leaf in [] if expected else jax.tree_util.tree_leaves_with_path(self.ahead):
+            if leaf.ndim and len(leaf) != stage.batch_size:
                 name = sharding.path_name(path)
-                raise DataError(f"data: {name} holds {len(leaf)} examples, but batch_size is {batch_size}")
+                raise DataError(f"data: {name} holds {len(leaf)} examples, but batch_size is {stage.batch_size}")
 
     def fetch(self) -> None:
         """Begins to send the next batch, if a step will read it."""
@@ -167,10 +176,12 @@ class _Batches:
             ) from None
         self._position += 1
         self.ahead = sharding.shard_batch(batch, self._mesh)
-        shapes = {name: f"{x.dtype}{list(x.shape)}" for name, x in self.ahead.items()}
-        if self.shapes is not None and shapes != self.shapes:
-            raise DataError(f"data: batch {self._position - 1} is {shapes}, but those before it are {self.shapes}")
-        self.shapes = shapes
+        shapes = shapes_of(self.ahead)
+        self._expected = self._expected or {shapes}
+        if shapes not in self._expected:
+            one, others = dict(shapes), " or ".join(str(dict(expected)) for expected in sorted(self._expected))
+            raise DataError(f"data: batch {self._position - 1} is {one}, but the step is compiled for {others}")
+        self.examples = max((len(x) for x in jax.tree.leaves(self.ahead) if x.ndim), default=0)
 
 
 class _Report:
@@ -179,6 +190,11 @@ class _Report:
     def __init__(self, name: str, stage, start: int, writer: MetricsWriter | None, say: Callable[[str], None]):
         self._name, self._stage, self._writer, self._say = name, stage, writer, say
         self._since, self._time = start, time.perf_counter()
+        self._sent: deque[int] = deque()
+
+    def sent(self, examples: int) -> None:
+        """Counts the examples of the next step; buckets have batches of different sizes."""
+        self._sent.append(examples)
 
     def without(self, seconds: float) -> None:
         """Takes time that was not training (sampling) out of the rate."""
@@ -190,9 +206,11 @@ class _Report:
             return
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         now = time.perf_counter()
-        rate = (done - self._since) / max(now - self._time, 1e-9)
+        seconds, steps = max(now - self._time, 1e-9), done - self._since
+        examples = sum(self._sent.popleft() for _ in range(steps))
+        rate = steps / seconds
         self._since, self._time = done, now
-        values |= {"steps_per_second": rate, "examples_per_second": rate * self._stage.batch_size}
+        values |= {"steps_per_second": rate, "examples_per_second": examples / seconds}
         if self._writer is not None:
             self._writer.write(done, values)
         skipped = f" skipped {values['nonfinite_count']:.0f}" if values["nonfinite_count"] else ""

@@ -5,7 +5,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.shard_alike import shard_alike
 
+from streamdit_jax import sharding
 from streamdit_jax.training.objective import Batch, Objective
 from streamdit_jax.training.state import TrainState
 
@@ -24,6 +26,7 @@ def make_train_step(
     tx: optax.GradientTransformation,
     ema_decay: float,
     schedule: optax.Schedule | None = None,
+    accumulate: int = 1,
 ) -> Callable[[TrainState, object, Batch, jax.Array], tuple[TrainState, Metrics]]:
     """Builds (state, constants, batch, key) → (state, metrics).
 
@@ -38,6 +41,9 @@ def make_train_step(
         tx: the optimizer.
         ema_decay: of the moving average, in [0, 1); warmed up by `ema_rate`.
         schedule: the learning rate by number of updates, only to be logged.
+        accumulate: the batch goes through in so many parts of equal size, one after another, and the update takes the
+            mean of their gradients; the loss and the objective's metrics are means, too. Only one part's activations
+            are held at a time. Each part has randomness of its own, `fold_in(fold_in(key, state.step), part)`.
 
     Returns:
         A pure function, to be jitted with its first argument donated. Its metrics are float32 and int32 scalars:
@@ -50,7 +56,10 @@ def make_train_step(
     def train_step(state: TrainState, constants, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(key, state.step)
         differentiate = jax.value_and_grad(objective.loss, has_aux=True)
-        (loss, extra), gradient = differentiate(state.params, constants, batch, step_key)
+        if accumulate == 1:
+            (loss, extra), gradient = differentiate(state.params, constants, batch, step_key)
+        else:
+            (loss, extra), gradient = _accumulated(differentiate, state.params, constants, batch, step_key, accumulate)
         if taken := sorted(set(extra) & set(OWN_METRICS)):
             raise ValueError(f"objective {objective.name}: metric {taken[0]!r} is the step's own; give it another name")
 
@@ -88,3 +97,26 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def _accumulated(differentiate, params, constants, batch: Batch, key: jax.Array, parts: int):
+    """Means over `parts` of a batch of what `differentiate` gives for each of them, summed in float32."""
+
+    def cut(leaf):
+        if jnp.ndim(leaf) == 0:
+            return jnp.broadcast_to(leaf, (parts,))
+        # Every parts-th row, so that a batch that is cut along its rows over devices stays where it is.
+        strided = jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0)
+        return sharding.constrain(strided, None, "batch", *[None] * (leaf.ndim - 1))
+
+    def add(total, numbered):
+        number, part = numbered
+        result = differentiate(params, constants, part, jax.random.fold_in(key, number))
+        # A sum lies where the parameter's own gradient lies; without a word, a whole copy could be kept everywhere.
+        return jax.tree.map(lambda t, new: t + shard_alike(new.astype(jnp.float32), t)[0], total, result), None
+
+    like = jax.eval_shape(differentiate, params, constants, jax.tree.map(lambda x: cut(x)[0], batch), key)
+    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
+    (values, gradient), _ = jax.lax.scan(add, zero, (jnp.arange(parts), jax.tree.map(cut, batch)))
+    mean = jax.tree.map(lambda x: x / parts, (values, gradient))
+    return mean[0], jax.tree.map(lambda g, p: g.astype(p.dtype), mean[1], params)

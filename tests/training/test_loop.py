@@ -234,7 +234,7 @@ def test_bad_batches_are_named(toy, tmp_path):
     with pytest.raises(DataError, match=r"the batches end after 7 of 12 steps"):
         toy.train(tmp_path / "a", 12, make_batches=lambda first: itertools.islice(toy.batches(first), 7))
     with pytest.raises(
-        DataError, match=r"batch 3 is .*'x': 'float32\[8, 16\]'.*, but those before it are .*\[16, 16\]"
+        DataError, match=r"batch 3 is .*'x': 'float32\[8, 16\]'.*, but the step is compiled for .*\[16, 16\]"
     ):
         toy.train(
             tmp_path / "b", 12, make_batches=lambda _: (toy.batch(n, size=8 if n == 3 else 16) for n in range(99))
