@@ -13,19 +13,19 @@ No model is imported: the autoencoder comes in as a function.
 
 import csv
 import dataclasses
+import hashlib
 import io
 import itertools
 import json
 import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
-from streamdit_jax.data.records import Records, check_free, open_records, write_records
+from streamdit_jax.data.parts import Clip, Report, Split, write_parts
+from streamdit_jax.data.records import Records, check_free, open_records
 from streamdit_jax.data.video import cut_clips, read_video
 from streamdit_jax.errors import DataError
 
@@ -33,21 +33,6 @@ EXTENSIONS = (".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".gif")
 
 # video float32 [b, F, H, W, 3] in [-1, 1] → latents [b, f, h, w, C]
 EncodeFn = Callable[[np.ndarray], np.ndarray]
-Clip = dict[str, Any]
-
-
-@dataclasses.dataclass(frozen=True)
-class Report:
-    """What was written: `clips` per split, and the videos left out with the reason (only with skip_bad)."""
-
-    directory: Path
-    clips: Mapping[str, int]
-    skipped: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        counts = ", ".join(f"{count} clips ({split})" for split, count in self.clips.items())
-        left_out = f"; {len(self.skipped)} videos left out" if self.skipped else ""
-        return f"{self.directory}: {counts}{left_out}"
 
 
 def is_video_folder(directory: str | os.PathLike) -> bool:
@@ -132,25 +117,30 @@ def _table(path: Path) -> Iterator[tuple[str, str, list[str]]]:
             raise DataError(f"{path}:{rows.line_num}: is not CSV: {error}") from error
 
 
-def _folder_clips(folder: Path, size: Mapping[str, Any], skipped: list[str] | None) -> Iterator[Clip]:
-    """Clips of all videos; one that does not decode raises, or, given a list `skipped`, adds its reason there."""
-    for video, captions in read_captions(folder).items():
-        name = video.relative_to(folder).as_posix()
-        try:
-            frames = read_video(video, size["height"], size["width"], size["frame_rate"])
-            for number, clip in enumerate(cut_clips(frames, size["clip_frames"], str(video))):
-                yield {"video": clip, "captions": captions, "info": {"file": name, "clip": number}}
-        except DataError as error:
-            if skipped is None:
-                raise
-            skipped.append(str(error))
+def _folder_split(folder: Path, size: Mapping[str, Any], skip_bad: bool) -> tuple[Split, str]:
+    """The clips of all videos, in the order of their names, and a digest of names and captions.
+
+    A video that does not decode raises, or, with `skip_bad`, its reason is noted.
+    """
+    videos = [(video.relative_to(folder).as_posix(), texts) for video, texts in read_captions(folder).items()]
+
+    def clips(units: range, skipped: list[str]) -> Iterator[Clip]:
+        for name, captions in (videos[unit] for unit in units):
+            video = folder / name
+            try:
+                frames = read_video(video, size["height"], size["width"], size["frame_rate"])
+                for number, clip in enumerate(cut_clips(frames, size["clip_frames"], str(video))):
+                    yield {"video": clip, "captions": captions, "info": {"file": name, "clip": number}}
+            except DataError as error:
+                if not skip_bad:
+                    raise
+                skipped.append(str(error))
+
+    return Split(len(videos), clips), hashlib.sha256(json.dumps(videos).encode()).hexdigest()
 
 
-def _counted(clips: Iterable[Clip], split: str, counts: dict[str, int]) -> Iterator[Clip]:
-    counts[split] = 0
-    for clip in tqdm(clips, f"clips ({split})", unit="clip", disable=not sys.stderr.isatty()):
-        counts[split] += 1
-        yield clip
+def _records_split(records: Records, multiple: int) -> Split:
+    return Split(len(records), lambda units, _: (records[unit] for unit in units), multiple)
 
 
 def ingest(
@@ -163,20 +153,30 @@ def ingest(
     *,
     skip_bad: bool = False,
     metadata: Mapping[str, Any] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Report:
     """Decodes a folder of videos into records of pixels in `out`: clips uint8 [clip_frames, height, width, 3].
 
     `skip_bad`: a video that does not decode or is too short is reported instead of raised; the clips of a video
-    that breaks off half-way are kept up to there. DataError: see `read_captions`, `read_video` and `write_records`;
-    or no video is good.
+    that breaks off half-way are kept up to there. `process_index` of `process_count`: see `parts.write_parts`.
+    DataError: see `read_captions`, `read_video` and `write_parts`; or no video is good.
     """
     folder, out = Path(folder), Path(out)
     size = {"height": height, "width": width, "frame_rate": float(frame_rate), "clip_frames": clip_frames}
-    check_free(out)  # before decoding, not after
-    skipped, counts = [], {}
-    clips = _counted(_folder_clips(folder, size, skipped if skip_bad else None), "train", counts)
-    write_records(out, _some(clips, folder, skipped), "pixels", {"source": str(folder), **size, **(metadata or {})})
-    return Report(out, counts, tuple(skipped))
+    if process_index == 0:
+        check_free(out)  # before captions are read, not after
+    split, content = _folder_split(folder, size, skip_bad)
+    described = {"source": str(folder), **size, **(metadata or {})}
+    return write_parts(
+        out,
+        {"train": split},
+        "pixels",
+        {**described, "content": content},
+        described,
+        process_index=process_index,
+        process_count=process_count,
+    )
 
 
 def encode(
@@ -191,6 +191,8 @@ def encode(
     clip_frames: int | None = None,
     skip_bad: bool = False,
     metadata: Mapping[str, Any] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Report:
     """Encodes a video source into records of latents in `out`; captions and info are kept.
 
@@ -198,26 +200,45 @@ def encode(
     them), or a folder of videos, for which `height`, `width`, `frame_rate` and `clip_frames` are needed. For
     records the first three, where given, are compared: an autoencoder is not applied to another size or rate than
     it was meant for.
-    `encode_fn` always sees `batch_size` clips (the last batch is filled up and cut), so it compiles once.
+    `encode_fn` always sees `batch_size` clips (a part's last batch is filled up and cut), so it compiles once.
+    `process_index` of `process_count`: each writes its parts, on one file system, and returns once all are there; the
+    files do not depend on how many there are. A killed call is gone on with by the same call (`parts.write_parts`).
 
     DataError as in `ingest`; also when `source` holds latents already or differs in size or rate.
     """
     source, out = Path(source.directory if isinstance(source, Records) else source), Path(out)
     size = {"height": height, "width": width, "frame_rate": frame_rate, "clip_frames": clip_frames}
-    check_free(out)
-    skipped, counts, splits = [], {}, {}
+    if process_index == 0:
+        check_free(out)
     if not is_video_folder(source):
-        size = _compared(open_records(source), size)
-        for split in open_records(source).splits:
-            splits[split] = _all(open_records(source, split))
+        first = open_records(source)
+        size = _compared(first, size)
+        splits = {name: _records_split(open_records(source, name), batch_size) for name in first.splits}
+        content = hashlib.sha256((source / "dataset_info.json").read_bytes()).hexdigest()
     else:
         missing = [field for field, value in size.items() if value is None]
         if missing and source.is_dir():
             raise DataError(f"{source}: is a folder of videos; {', '.join(missing)} must be given for it")
-        splits["train"] = _some(_folder_clips(source, size, skipped if skip_bad else None), source, skipped)
-    encoded = {s: _encoded(_counted(clips, s, counts), encode_fn, batch_size) for s, clips in splits.items()}
-    write_records(out, encoded, "latents", {"source": str(source), **size, **(metadata or {})})
-    return Report(out, counts, tuple(skipped))
+        split, content = _folder_split(source, size, skip_bad)
+        splits = {"train": split}
+    described = {"source": str(source), **size, **(metadata or {})}
+    encoded = {
+        name: dataclasses.replace(split, clips=_encoding(split, encode_fn, batch_size))
+        for name, split in splits.items()
+    }
+    return write_parts(
+        out,
+        encoded,
+        "latents",
+        {**described, "batch_size": batch_size, "content": content},
+        described,
+        process_index=process_index,
+        process_count=process_count,
+    )
+
+
+def _encoding(split: Split, encode_fn: EncodeFn, batch_size: int):
+    return lambda units, skipped: _encoded(split.clips(units, skipped), encode_fn, batch_size)
 
 
 def _compared(records: Records, size: dict[str, Any]) -> dict[str, Any]:
@@ -233,21 +254,6 @@ def _compared(records: Records, size: dict[str, Any]) -> dict[str, Any]:
                 f"{records.directory}: its {field} is {value}, but {size[field]} is asked for; render or ingest anew"
             )
     return {**have, "clip_frames": frames}
-
-
-def _all(records: Records) -> Iterator[Clip]:
-    for index in range(len(records)):
-        yield records[index]
-
-
-def _some(clips: Iterable[Clip], folder: Path, skipped: list[str]) -> Iterator[Clip]:
-    """Passes clips on; DataError when every video was left out."""
-    clips = iter(clips)
-    first = next(clips, None)
-    if first is None:
-        raise DataError(f"{folder}: none of its {len(skipped)} videos can be used; the first: {skipped[0]}")
-    yield first
-    yield from clips
 
 
 def _encoded(clips: Iterator[Clip], encode_fn: EncodeFn, batch_size: int) -> Iterator[Clip]:

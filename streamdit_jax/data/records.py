@@ -19,18 +19,20 @@ import json
 import os
 import shutil
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from tensorflow_datasets.core.example_serializer import ExampleSerializer
 
 from streamdit_jax.errors import DataError
 
 KINDS = {"pixels": ("video", np.uint8), "latents": ("latents", np.float16)}
 VERSION = "1.0.0"
+WRITER_OPTIONS = "group_size:1"  # a random access reads and decompresses one clip only
 _TEMPLATE = "{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_X_OF_Y}"
 
 
@@ -44,6 +46,12 @@ def clip_features(kind: str, shape: tuple[int, int, int, int]) -> tfds.features.
             "info": tfds.features.Text(),
         }
     )
+
+
+def serialize(features: tfds.features.FeaturesDict, example: Mapping[str, Any]) -> bytes:
+    """What `features.serialize_example` gives, but the same bytes in every process: a protobuf's map has no order."""
+    serializer = ExampleSerializer(features.get_serialized_info())
+    return serializer.get_tf_example(features.encode_example(example)).SerializeToString(deterministic=True)
 
 
 def clip_example(kind: str, clip: Mapping[str, Any], name: str = "clip") -> dict[str, Any]:
@@ -86,8 +94,7 @@ class SplitWriter:
             self._paths.append(self._directory / f"{self._split}.{len(self._paths)}")
             self.lengths.append(0)
             self._in_shard = 0
-            # Group size 1: a random access reads and decompresses one clip only.
-            self._writer = ArrayRecordWriter(str(self._paths[-1]), "group_size:1")
+            self._writer = ArrayRecordWriter(str(self._paths[-1]), WRITER_OPTIONS)
         self._writer.write(record)
         self.lengths[-1] += 1
         self._in_shard += len(record)
@@ -109,23 +116,29 @@ class SplitWriter:
     def finish(self) -> tfds.core.SplitInfo:
         """Closes and checks the files; their split's metadata. DataError when a file does not hold what was written."""
         self.close()
-        template = tfds.core.ShardedFileTemplate(
-            data_dir=str(self._directory),
-            template=_TEMPLATE,
-            dataset_name=self._dataset,
-            split=self._split,
-            filetype_suffix="array_record",
-        )
+        template = _template(self._directory, self._dataset, self._split)
         for index, (path, length) in enumerate(zip(self._paths, self.lengths)):
             # The writer reports a full disk late or not at all: only the reader's count proves the file.
-            _check_shard(path, length)
+            check_shard(path, length)
             path.rename(template.sharded_filepath(shard_index=index, num_shards=len(self._paths)))
         return tfds.core.SplitInfo(
             name=self._split, shard_lengths=self.lengths, num_bytes=self._total, filename_template=template
         )
 
 
-def _check_shard(path: Path, length: int):
+def _template(directory: Path, dataset: str, split: str) -> tfds.core.ShardedFileTemplate:
+    return tfds.core.ShardedFileTemplate(
+        data_dir=str(directory), template=_TEMPLATE, dataset_name=dataset, split=split, filetype_suffix="array_record"
+    )
+
+
+def shard_path(directory: Path, kind: str, split: str, index: int, shards: int) -> Path:
+    """The name of one file of a split."""
+    return Path(_template(directory, kind, split).sharded_filepath(shard_index=index, num_shards=shards))
+
+
+def check_shard(path: Path, length: int):
+    """DataError where a file is no complete ArrayRecord file of `length` clips. Its index is read, not its clips."""
     try:
         reader = ArrayRecordReader(str(path), options="readahead_buffer_size:0")
         count = reader.num_records()
@@ -182,26 +195,50 @@ def write_records(
                     if array.shape != shape:
                         raise DataError(f"{name} has shape {list(array.shape)}; the clips before it have {list(shape)}")
                     with writing(directory):
-                        writer.write(features.serialize_example(example))
+                        writer.write(serialize(features, example))
                 if not writer.lengths:
                     raise DataError(f"{directory}: split {split!r} has no clips; at least one is needed")
                 with writing(directory):
                     infos.append(writer.finish())
         with writing(directory):
-            tfds.folder_dataset.write_metadata(
-                data_dir=str(partial),
-                features=features,
-                split_infos=infos,
-                version=VERSION,
-                check_data=False,  # its check reads through TensorFlow
-                description=f"StreamDiT clips: {kind}.",
-                metadata=tfds.core.MetadataDict({**(metadata or {}), "kind": kind, "shape": list(shape)}),
-            )
+            _write_metadata(partial, kind, shape, infos, metadata or {})
             check_free(directory)
             partial.rename(directory)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return open_records(directory, next(iter(splits)))
+
+
+def write_metadata(
+    directory: Path,
+    kind: str,
+    shape: tuple[int, ...],
+    splits: Mapping[str, Sequence[tuple[int, int]]],
+    metadata: Mapping[str, Any],
+):
+    """Makes records of files that bear the names of `shard_path`; `splits`: name → (clips, bytes) of each file."""
+    infos = [
+        tfds.core.SplitInfo(
+            name=name,
+            shard_lengths=[clips for clips, _ in files],
+            num_bytes=sum(size for _, size in files),
+            filename_template=_template(directory, kind, name),
+        )
+        for name, files in splits.items()
+    ]
+    _write_metadata(directory, kind, shape, infos, metadata)
+
+
+def _write_metadata(directory: Path, kind: str, shape, infos, metadata: Mapping[str, Any]):
+    tfds.folder_dataset.write_metadata(
+        data_dir=str(directory),
+        features=clip_features(kind, shape),
+        split_infos=infos,
+        version=VERSION,
+        check_data=False,  # its check reads through TensorFlow
+        description=f"StreamDiT clips: {kind}.",
+        metadata=tfds.core.MetadataDict({**metadata, "kind": kind, "shape": list(shape)}),
+    )
 
 
 @contextlib.contextmanager
@@ -291,5 +328,5 @@ def open_records(directory: str | os.PathLike, split: str = "train") -> Records:
     for path, length in zip(info.filepaths, info.shard_lengths):
         if not Path(path).exists():
             raise DataError(f"{path}: missing; the records in {directory} are incomplete")
-        _check_shard(Path(path), length)
+        check_shard(Path(path), length)
     return Records(directory, split, builder, metadata)

@@ -1,10 +1,17 @@
 """From video files and captions to clips and latents: the contents are right, and whatever is wrong is named."""
 
+import hashlib
 import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
+from streamdit_jax.data import parts
 from streamdit_jax.data.encode import encode, ingest, is_video_folder, read_captions
 from streamdit_jax.data.records import open_records, write_records
 from streamdit_jax.data.video import write_video
@@ -262,3 +269,135 @@ def test_real_clips_are_ingested_and_encoded(tmp_path, real_clips):
     assert latents.shape == (8, 8, 8, 3) and len(latents) == 9
     video = records[3]["video"].astype(np.float32)[None] / 127.5 - 1
     np.testing.assert_allclose(latents[3]["latents"], fold(video)[0], atol=1e-3)
+
+
+@pytest.fixture
+def many(tmp_path, monkeypatch):
+    """Records of 11 + 2 clips, cut into parts of 2; no process waits long for another."""
+    monkeypatch.setattr(parts, "MOST_PARTS", 6)
+    monkeypatch.setattr(parts, "POLL_SECONDS", 0.02)
+    clips = [{"video": np.full((4, 8, 8, 3), 9 * i, np.uint8), "captions": [str(i)]} for i in range(13)]
+    write_records(tmp_path / "pixels", {"train": clips[:11], "held_out": clips[11:]}, "pixels")
+    return tmp_path / "pixels"
+
+
+def contents(directory):
+    """SHA-256 of every file that readers see."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(directory.iterdir())}
+
+
+def side_by_side(count, run):
+    """Runs `run(process_index=…, process_count=count)` for every process at once; their results."""
+    with ThreadPoolExecutor(count) as pool:
+        jobs = [pool.submit(run, process_index=index, process_count=count) for index in range(count)]
+        return [job.result(timeout=120) for job in jobs]
+
+
+def test_any_number_of_processes_writes_the_same_bytes(many, tmp_path):
+    alone = encode(many, tmp_path / "1", fold, batch_size=2)
+    for count in (3, 11):  # more processes than parts, too
+        reports = side_by_side(count, lambda **place: encode(many, tmp_path / str(place["process_count"]), fold,
+                                                             batch_size=2, **place))  # fmt: skip
+        assert [report.clips for report in reports] == [alone.clips] * count == [{"train": 11, "held_out": 2}] * count
+        assert contents(tmp_path / str(count)) == contents(tmp_path / "1")
+    records = open_records(tmp_path / "3")
+    assert [records[i]["captions"] for i in range(11)] == [[str(i)] for i in range(11)]
+    assert len(list((tmp_path / "3").glob("latents-train.array_record-*-of-00006"))) == 6
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["1", "11", "3", "pixels"]
+
+
+def test_ingesting_is_shared_too_and_bad_files_are_counted_over_all(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "POLL_SECONDS", 0.02)
+    good_jsonl(folder)
+    (folder / "a.mp4").write_bytes(b"no video")
+    for count in (1, 3):
+        out = tmp_path / str(count)
+        reports = side_by_side(count, lambda **place: ingest(folder, out, skip_bad=True, **SIZE, **place))  # noqa: B023
+        for report in reports:
+            assert report.clips == {"train": 1}
+            [reason] = report.skipped
+            assert "a.mp4: cannot be decoded" in reason
+    assert contents(tmp_path / "1") == contents(tmp_path / "3")
+    said = json.loads((tmp_path / "3" / "report.json").read_text())
+    assert said["clips"] == {"train": 1} and "a.mp4: cannot be decoded" in said["skipped"][0]
+    (folder / "sub" / "b.mp4").write_bytes(b"no video either")
+
+    def none_left(**place):
+        with pytest.raises(DataError, match=r"videos: none of its 2 videos can be used; the first: .*a\.mp4"):
+            ingest(folder, tmp_path / "none", skip_bad=True, **SIZE, **place)
+
+    side_by_side(2, none_left)
+    assert not (tmp_path / "none").exists() and not (tmp_path / ".none.parts").exists()
+
+
+def test_what_was_stopped_goes_on_and_what_was_altered_is_done_again(many, tmp_path):
+    encode(many, tmp_path / "whole", fold, batch_size=2)
+    calls = []
+
+    def until(limit):
+        def encoder(video):
+            calls.append(1)
+            if len(calls) == limit:
+                raise InterruptedError("stopped")
+            return fold(video)
+
+        return encoder
+
+    with pytest.raises(InterruptedError):
+        encode(many, tmp_path / "out", until(4), batch_size=2)
+    work = tmp_path / ".out.parts"
+    done = sorted(work.glob("latents-*"))
+    assert len(done) == 3 and not list(work.glob("unfinished/*partial*")) and not (tmp_path / "out").exists()
+    done[1].write_bytes(done[1].read_bytes()[:-1] + b"?")  # damaged since
+    with pytest.raises(DataError, match=r"\.out\.parts: was begun with batch_size '2', not '4'; delete it"):
+        encode(many, tmp_path / "out", fold, batch_size=4)
+    calls.clear()
+    encode(many, tmp_path / "out", until(100), batch_size=2)
+    assert len(calls) == 7 - 2  # six parts of train and one of held_out, of which two were done and sound
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+SLOW = """
+import sys, time
+import numpy as np
+from pathlib import Path
+from streamdit_jax.data import parts
+from streamdit_jax.data.encode import encode
+parts.MOST_PARTS = 6
+
+def fold(video):
+    time.sleep(0.3)
+    b, f, h, w, c = video.shape
+    return video.reshape(b, f // 4, 4, h // 8, 8, w // 8, 8, c).mean((2, 4, 6))
+
+encode(sys.argv[1], sys.argv[2], fold, batch_size=2, process_index=int(sys.argv[3]), process_count=2)
+"""
+
+
+def test_a_killed_process_loses_at_most_the_part_it_was_at(many, tmp_path):
+    encode(many, tmp_path / "whole", fold, batch_size=2)
+
+    def start(index):
+        command = [sys.executable, "-c", SLOW, str(many), str(tmp_path / "out"), str(index)]
+        return subprocess.Popen(command, env={**os.environ, "PYTHONPATH": os.getcwd()})
+
+    first = start(0)
+    try:
+        receipts = tmp_path / ".out.parts" / "unfinished"
+        end = time.monotonic() + 120
+        while len(list(receipts.glob("*-0*.json"))) < 2 and time.monotonic() < end:
+            time.sleep(0.05)
+    finally:
+        first.kill()
+        first.wait()
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / ".out.parts").glob("latents-*")}
+    assert len(before) >= 2
+    both = [start(0), start(1)]
+    try:
+        assert [process.wait(timeout=120) for process in both] == [0, 0]
+    finally:
+        for process in both:
+            process.kill()
+    for path, written in before.items():
+        assert (tmp_path / "out" / path.name).stat().st_mtime_ns == written, "was done again"
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
