@@ -65,18 +65,27 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; −1 takes what is left. See `sharding`."""
+    """Devices along each axis of the mesh; −1 takes what is left. slices: groups of devices that a slower network joins;
+    the outermost part of `data` goes over them. See `sharding`.
+    """
 
     data: int = -1
     fsdp: int = 1
+    window: int = 1
     tensor: int = 1
+    slices: int = 1
 
     def __post_init__(self):
-        sizes = [getattr(self, field.name) for field in dataclasses.fields(self)]
+        sizes = [self.data, self.fsdp, self.window, self.tensor]
         require(
             all(size == -1 or size >= 1 for size in sizes), f"data: axes have at least 1 device, or −1; not {sizes}"
         )
         require(sizes.count(-1) <= 1, f"data: only one axis can take what is left (−1), not {sizes.count(-1)}")
+        require(self.slices >= 1, f"slices: must be at least 1, not {self.slices}")
+        require(
+            self.data == -1 or self.data % self.slices == 0,
+            f"slices: {self.slices} slices do not divide a data axis of {self.data}; make it a multiple",
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,31 +1,39 @@
 """Meshes, and the one table from logical axis names to mesh axes. No other file knows what a PartitionSpec is.
 
-Models do not know how they are sharded. A parameter's *path* (`params/dit/blocks/attention/query/kernel`) is matched
-against `RULES`, which name the logical axis of each of its dimensions counted from the last; `TABLE` says along which
-mesh axes a logical axis is cut. The same rules fit a parameter, its average, and Adam's moments of it, because their
-paths end alike.
+Parameters: their *path* (`params/dit/blocks/attention/query/kernel`) is matched against `RULES`, which name the logical
+axis of each of their dimensions counted from the last. The same rules fit a parameter, its average, and Adam's moments
+of it, because their paths end alike. Activations: models name their logical axes (`constrain`), and know no mesh; the
+mesh comes from the context in which a function is traced (`on`). `TABLE` says for both along which mesh axes a logical
+axis is cut.
 
-Mesh axes: `data` (batch only), `fsdp` (batch, and parameters cut along their `embed` side), `tensor` (heads and the
-wide side of FFNs).
+Mesh axes, from the slowest network to the fastest: `data` (batch only; its outermost part goes over several slices),
+`fsdp` (batch, and parameters cut along their `embed` side), `window` (tokens, cut at whole windows, see
+`kernels.window_parallel`), `tensor` (heads and the wide side of FFNs).
 """
 
+import contextlib
 import dataclasses
 import math
 import re
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from streamdit_jax.errors import ConfigError
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "window", "tensor")
 
+# What the names mean: batch, examples; tokens, a video's, in token order; embed, a kernel's side towards the residual
+# stream (an activation's is never cut); heads, mlp, the wide sides of attention and FFN, of kernels and activations;
+# vocab, rows of an embedding; channels, a convolution's outputs.
 TABLE: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp"),
+    "tokens": ("window",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "mlp": ("tensor",),
@@ -39,6 +47,8 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(bias|scale|latent_mean|latent_std|count|step)$", ()),
     (r"(qkv|query|key|value|key_value)/kernel$", ("embed", "heads")),
     (r"attention/out/kernel$", ("heads", "embed")),
+    (r"patch_embedding/kernel$", (None, "embed")),
+    (r"velocity/kernel$", ("embed", None)),
     (r"(up|gate|ffn/in)/kernel$", ("embed", "mlp")),
     (r"(down|ffn/out)/kernel$", ("mlp", "embed")),
     (r"embedding$", ("vocab", "embed")),
@@ -48,6 +58,7 @@ RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 STACKED = "blocks"  # a module of this name holds all layers' parameters, along a leading axis
 LARGE = 2**20  # elements; a parameter of this size that stays whole on every device is worth a warning
+WHOLE_SHARE = 0.02  # of all parameters; more than this whole on every device is a mistake
 _warned: set[str] = set()
 
 
@@ -57,31 +68,38 @@ def path_name(path) -> str:
 
 
 def is_stacked(name: str) -> bool:
-    """Whether the parameter at this path carries a leading axis over layers."""
-    return STACKED in name.split("/")
+    """Whether the parameter at this path carries a leading axis over layers, as "blocks/up/kernel" does and
+    "blocks/0/up/kernel", of a layer by itself, does not.
+    """
+    return re.search(rf"(^|/){STACKED}/(?!\d+/)", name) is not None
 
 
 def make_mesh(axes=None, devices=None) -> jax.sharding.Mesh:
-    """A mesh over all devices of all processes.
+    """A mesh over all devices of all processes, placed so that neighbours on it are neighbours on the chips' network.
 
     Args:
-        axes: a `MeshConfig`, or a mapping of axis name → size from `data`, `fsdp`, `tensor`, in any order; -1, at most
-            once, takes the devices that are left. None or empty is {"data": -1}: every device takes a part of the
-            batch.
+        axes: a `MeshConfig`, or a mapping of axis name → size from `data`, `fsdp`, `window`, `tensor`, in any order;
+            -1, at most once, takes the devices that are left. None or empty is {"data": -1}: every device takes a part
+            of the batch. Beside them `slices`, default 1: groups of devices that only the slower network between hosts
+            joins; the outermost part of `data` goes over them.
         devices: those to use, default `jax.devices()`; a described topology's devices compile for chips that are not
             there.
     Raises:
-        ConfigError: an unknown axis, a size that is no count, or sizes whose product is not the number of devices.
+        ConfigError: an unknown axis, a size that is no count, sizes whose product is not the number of devices, or
+            slices that divide neither devices nor `data`, or that the devices are not.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = dataclasses.asdict(axes) if dataclasses.is_dataclass(axes) else dict(axes or {"data": -1})
+    slices = sizes.pop("slices", 1)
     for name, size in sizes.items():
         if name not in MESH_AXES:
             raise ConfigError(f"mesh.{name}: unknown axis; use {', '.join(MESH_AXES)}")
-        if isinstance(size, bool) or not isinstance(size, (int, np.integer)) or (size < 1 and size != -1):
+        if not _is_count(size) and size != -1:
             raise ConfigError(
                 f"mesh.{name}: {size!r} is not a size; use a positive number, or -1 for the devices that are left"
             )
+    if not _is_count(slices):
+        raise ConfigError(f"mesh.slices: {slices!r} is not a count of slices; use a positive number")
     rest = [name for name, size in sizes.items() if size == -1]
     if len(rest) > 1:
         raise ConfigError(f"mesh.{rest[1]}: only one axis may be -1, and mesh.{rest[0]} is already")
@@ -92,7 +110,96 @@ def make_mesh(axes=None, devices=None) -> jax.sharding.Mesh:
         wanted = " × ".join(f"{name} {size}" for name, size in sizes.items())
         raise ConfigError(f"mesh: {wanted} does not fit {len(devices)} device(s); the product must be {len(devices)}")
     shape = tuple(sizes.get(name, 1) for name in MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    return jax.sharding.Mesh(_arrange(shape, slices, devices), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def _is_count(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and value >= 1
+
+
+def _arrange(shape: tuple[int, ...], slices: int, devices: list) -> np.ndarray:
+    """The devices as an array of this shape, whose first axis goes over the slices in its outermost part."""
+    if shape[0] % slices:
+        raise ConfigError(f"mesh.slices: {slices} slices do not divide a data axis of {shape[0]}; make it a multiple")
+    known = {getattr(device, "slice_index", None) for device in devices}
+    if slices > 1 and len(known) > 1 and len(known) != slices:
+        raise ConfigError(f"mesh.slices: {slices}, but the devices lie in {len(known)} slices")
+    inner = (shape[0] // slices, *shape[1:])
+    if slices > 1 and len(known) == slices:
+        outer = (slices,) + (1,) * len(inner[1:])
+        return mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    groups = np.split(np.array(devices, dtype=object), slices)
+    parts = [
+        mesh_utils.create_device_mesh(inner, list(group), allow_split_physical_axes=len(group) > 1) for group in groups
+    ]
+    return np.concatenate(parts)
+
+
+@contextlib.contextmanager
+def on(mesh: jax.sharding.Mesh) -> Iterator[None]:
+    """Functions that are traced inside lay their activations on this mesh; on one device, nothing changes.
+
+    Lower inside it; a compiled function runs anywhere. It is the thread's own, and cannot be entered while tracing.
+    """
+    if mesh.size == 1:
+        yield
+        return
+    with jax.set_mesh(mesh):
+        yield
+
+
+def _context() -> jax.sharding.AbstractMesh | None:
+    mesh = jax.sharding.get_abstract_mesh()
+    return None if mesh.empty or mesh.size == 1 else mesh
+
+
+def parts(axis: str) -> int:
+    """Into how many parts the mesh of the context cuts a logical axis; 1 without one."""
+    mesh = _context()
+    return 1 if mesh is None else _parts(axis, mesh)
+
+
+def _parts(axis: str, mesh) -> int:
+    return math.prod(mesh.shape.get(target, 1) for target in TABLE[axis])
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """`x` as it is, laid on the mesh of the context; without one, `x`.
+
+    axes: the logical axis of each dimension, None for one that is whole on every device; so is one that its mesh axes
+        do not divide.
+    """
+    mesh = _context()
+    if mesh is None:
+        return x
+    return jax.lax.with_sharding_constraint(
+        x, partition_spec(axes, x.shape, mesh, f"activation {'·'.join(map(str, axes))}")
+    )
+
+
+def map_shards(
+    function: Callable,
+    arrays: Sequence[jax.Array],
+    axes: Sequence[tuple[str | None, ...]],
+    out_axes: tuple[str | None, ...],
+) -> jax.Array:
+    """`function(*arrays)`, by each device of the context's mesh on its own part; without a mesh, on the whole.
+
+    axes: the logical axes of each array; out_axes: those of the result. An axis is cut where its mesh axes divide every
+        dimension of that name, and otherwise whole everywhere.
+    """
+    mesh = _context()
+    if mesh is None:
+        return function(*arrays)
+    sizes = [(name, size) for array, names in zip(arrays, axes) for name, size in zip(names, array.shape) if name]
+    whole = {name for name, size in sizes if size % _parts(name, mesh)}
+
+    def spec(names):
+        return PartitionSpec(*(None if name is None or name in whole else TABLE[name] for name in names))
+
+    # Kernels do not say along which axes their results vary, so that cannot be checked.
+    mapped = jax.shard_map(function, in_specs=tuple(map(spec, axes)), out_specs=spec(out_axes), check_vma=False)
+    return mapped(*arrays)
 
 
 def logical_axes(name: str, ndim: int) -> tuple[str | None, ...]:
@@ -178,6 +285,42 @@ def place(tree, mesh: jax.sharding.Mesh):
     return jax.tree.map(cut, tree, param_shardings(tree, mesh))
 
 
+def require_cut(params, mesh: jax.sharding.Mesh, field: str) -> None:
+    """ConfigError, beginning with `field`, if the mesh has axes that cut parameters, and more than `WHOLE_SHARE` of
+    these (and than `LARGE` numbers) would lie whole on every device all the same.
+    """
+    cutting = {axis: mesh.shape.get(axis, 1) for axis in ("fsdp", "tensor") if mesh.shape.get(axis, 1) > 1}
+    if not cutting:
+        return
+    leaves = [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(params)]
+    total = sum(leaf.size for _, leaf in leaves)
+    whole = []
+    for name, leaf in leaves:
+        axes = logical_axes(name, leaf.ndim)
+        if not any(partition_spec(axes, leaf.shape, mesh, name)):
+            whole.append((leaf.size, name, leaf.shape, axes))
+    share = sum(size for size, *_ in whole) / total
+    if share <= WHOLE_SHARE or share * total <= LARGE:
+        return
+    largest = [f"{name} {list(shape)}{_divisors(shape, axes, cutting)}" for _, name, shape, axes in sorted(whole)[-3:]]
+    sizes = " × ".join(f"{axis} {size}" for axis, size in cutting.items())
+    raise ConfigError(
+        f"{field}: {sizes} leaves {share:.0%} of the parameters whole on every device; "
+        f"the largest: {'; '.join(largest[::-1])}"
+    )
+
+
+def _divisors(shape: tuple[int, ...], axes: tuple[str | None, ...], cutting: Mapping[str, int]) -> str:
+    """The sizes, up to those of the mesh, of the mesh axes that would cut an array, in words."""
+    fits = []
+    for size, axis in zip(shape, axes):
+        for target in TABLE[axis] if axis else ():
+            divisors = [n for n in range(2, cutting.get(target, 1) + 1) if size % n == 0]
+            fits.append(f"{target} {' or '.join(map(str, divisors))}" if divisors else "")
+    fits = [fit for fit in fits if fit]
+    return f" (divided by {', '.join(fits)})" if fits else " (no rule and size cuts it)"
+
+
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:
     """The same values on every device."""
     return NamedSharding(mesh, PartitionSpec())
@@ -190,7 +333,7 @@ def batch_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
 
 def batch_shards(mesh: jax.sharding.Mesh) -> int:
     """Into how many parts `batch_sharding` cuts: a global batch size is a multiple of it."""
-    return math.prod(mesh.shape.get(axis, 1) for axis in TABLE["batch"])
+    return _parts("batch", mesh)
 
 
 def shard_batch(batch: Mapping[str, np.ndarray], mesh: jax.sharding.Mesh) -> dict[str, jax.Array]:

@@ -12,7 +12,7 @@ import functools
 import math
 
 import numpy as np
-from einops import rearrange
+from einops import rearrange, repeat
 from jaxtyping import Array, Bool, Float, Int
 
 Axes = tuple[int, int, int]
@@ -41,6 +41,10 @@ class TokenOrder:
         return math.prod(self.grid)
 
     @property
+    def num_windows(self) -> int:
+        return math.prod(size // window for size, window in zip(self.grid, self.window))
+
+    @property
     def block_size(self) -> int:
         """Tokens of a block."""
         return math.prod(self.block)
@@ -64,26 +68,38 @@ class TokenOrder:
         counts = {f"n{axis}": size // window for axis, size, window in zip("fhw", self.grid, self.window)}
         return rearrange(x, pattern, **self._sizes(), **counts)
 
-    def split_frames(self, x: Float[Array, "b tokens d"]) -> Float[Array, "b nf s pf s bf s d"]:
-        """Tokens with the three factors of their frame index as axes of their own, so that a value per frame
-        broadcasts.
+    def split_frames(self, x: Float[Array, "b tokens d"]) -> Float[Array, "b windows pf s bf s d"]:
+        """Tokens with their window and the two factors of their frame within it as axes of their own, so that a value
+        per frame broadcasts. Windows stay one axis, which any divisor of their number cuts.
         """
-        windows = self.grid[1] // self.window[1] * (self.grid[2] // self.window[2])
         sizes = self._sizes()
         return rearrange(
             x,
-            "b (nf windows pf parts bf block) d -> b nf windows pf parts bf block d",
-            windows=windows,
+            "b (windows pf parts bf block) d -> b windows pf parts bf block d",
             pf=sizes["pf"],
             parts=sizes["ph"] * sizes["pw"],
             bf=sizes["bf"],
             block=sizes["bh"] * sizes["bw"],
         )
 
-    def spread_frames(self, x: Float[Array, "b f d"]) -> Float[Array, "b nf 1 pf 1 bf 1 d"]:
+    def spread_frames(self, x: Float[Array, "b f d"]) -> Float[Array, "b windows pf 1 bf 1 d"]:
         """A value per frame in the form that broadcasts against `split_frames`."""
         sizes = self._sizes()
-        return rearrange(x, "b (nf pf bf) d -> b nf 1 pf 1 bf 1 d", pf=sizes["pf"], bf=sizes["bf"])
+        windows = self.grid[1] // self.window[1] * (self.grid[2] // self.window[2])
+        pattern = "b (nf pf bf) d -> b (nf windows) pf 1 bf 1 d"
+        return repeat(x, pattern, windows=windows, pf=sizes["pf"], bf=sizes["bf"])
+
+    def spread(self, x: Float[Array, "n d"], axis: int) -> Float[Array, "windows *place d"]:
+        """A value per frame, row or column (axis 0, 1, 2) in a form whose sum over the axes is a value per token, once
+        its leading axes are joined: [windows, parts of a window (pf, ph, pw), tokens of a block (bf, bh, bw), d].
+        """
+        sizes = self._sizes()
+        n, p, b = (f"{kind}{'fhw'[axis]}" for kind in "npb")
+        places = [p if index == axis else "1" for index in range(3)] + [
+            b if index == axis else "1" for index in range(3)
+        ]
+        counts = {f"n{name}": size // window for name, size, window in zip("fhw", self.grid, self.window)}
+        return repeat(x, f"({n} {p} {b}) d -> (nf nh nw) {' '.join(places)} d", **counts, **{p: sizes[p], b: sizes[b]})
 
     @functools.cached_property
     def coordinates(self) -> Int[np.ndarray, "tokens 3"]:
@@ -146,9 +162,21 @@ class Windows:
         return bool(np.all(self.blocks.ravel() == np.arange(self.blocks.size)))
 
     @functools.cached_property
-    def block_mask(self) -> Bool[np.ndarray, "windows blocks_per_window blocks_per_window"] | None:
-        """Which pairs of blocks of a window may attend to each other; None where all may."""
+    def segments(self) -> Int[np.ndarray, "windows blocks_per_window"] | None:
+        """The part of its window that each block belongs to: blocks attend to those of their own part. None where
+        every window is one part.
+        """
         _, region = self.window_and_region(self._block_coordinates)
         of_window = region[self.blocks]
-        mask = np.all(of_window[:, :, None] == of_window[:, None], axis=-1)
-        return None if mask.all() else mask
+        if np.all(of_window == of_window[:, :1]):
+            return None
+        # Without wrapping, an axis has at most two regions in a window, before the seam and after it.
+        differs = of_window != of_window.min(axis=1, keepdims=True)
+        return (differs @ np.array([4, 2, 1])).astype(np.int32)
+
+    @functools.cached_property
+    def block_mask(self) -> Bool[np.ndarray, "windows blocks_per_window blocks_per_window"] | None:
+        """Which pairs of blocks of a window may attend to each other; None where all may."""
+        if self.segments is None:
+            return None
+        return self.segments[:, :, None] == self.segments[:, None]

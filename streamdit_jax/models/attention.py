@@ -9,9 +9,12 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float
 
-from streamdit_jax.kernels.window_attention import window_attention
+from streamdit_jax.kernels import window_parallel
 from streamdit_jax.kernels.windows import Windows
 from streamdit_jax.models.embeddings import rotate
+from streamdit_jax.sharding import constrain, parts
+
+HEADS = ("batch", "tokens", "heads", None)
 
 
 class QueryKeyNorm(nn.Module):
@@ -26,6 +29,32 @@ class QueryKeyNorm(nn.Module):
             return x
         axes = (-2, -1) if self.kind == "width" else -1
         return nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, reduction_axes=axes, feature_axes=axes, name="norm")(x)
+
+
+class HeadProjections(nn.Module):
+    """`count` linear maps side by side, each onto the heads of `width`; their parameters are those of one Dense.
+
+    Where devices share the heads, each needs some columns of every map, and these do not lie side by side: the kernel
+    is regrouped for them, not what it makes of the tokens.
+    """
+
+    count: int
+    width: int
+    num_heads: int
+    dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b s inputs"]) -> Float[Array, "n b s heads dim"]:
+        count, width = self.count, self.width
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], count * width))
+        bias = self.param("bias", nn.initializers.zeros, (count * width,))
+        x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
+        if parts("heads") == 1:
+            out = (x @ kernel + bias).reshape(*x.shape[:2], count, width)
+        else:
+            kernel = constrain(kernel.reshape(-1, count, width), None, None, "heads")
+            out = jnp.einsum("bsi,inw->bsnw", x, kernel) + constrain(bias.reshape(count, width), None, "heads")
+        return rearrange(out, "b s n (heads dim) -> n b s heads dim", heads=self.num_heads)
 
 
 class SelfAttention(nn.Module):
@@ -44,16 +73,17 @@ class SelfAttention(nn.Module):
         key_mask: Bool[Array, "b tokens"] | None,
     ) -> Float[Array, "b tokens width"]:
         width = x.shape[-1]
-        qkv = nn.Dense(3 * width, dtype=self.dtype, name="qkv")(x)
-        query, key, value = rearrange(
-            qkv, "b s (three heads dim) -> three b s heads dim", three=3, heads=self.num_heads
-        )
+        x = window_parallel.to_windows(x, self.windows)
+        qkv = HeadProjections(3, width, self.num_heads, self.dtype, name="qkv")(x)
+        query, key, value = (constrain(part, *HEADS) for part in qkv)
         query = QueryKeyNorm(self.qk_norm, self.dtype, name="query_norm")(query)
         key = QueryKeyNorm(self.qk_norm, self.dtype, name="key_norm")(key)
         if angles is not None:
+            angles = window_parallel.in_windows(angles, self.windows)
             query, key = rotate(query, angles), rotate(key, angles)
-        out = window_attention(query, key, value, self.windows, key_mask)
-        return nn.Dense(width, dtype=self.dtype, name="out")(rearrange(out, "b s heads dim -> b s (heads dim)"))
+        out = window_parallel.window_attention(query, key, value, self.windows, key_mask)
+        out = nn.Dense(width, dtype=self.dtype, name="out")(rearrange(out, "b s heads dim -> b s (heads dim)"))
+        return window_parallel.from_windows(constrain(out, "batch", "tokens", None), self.windows)
 
 
 class CrossAttention(nn.Module):
@@ -71,12 +101,12 @@ class CrossAttention(nn.Module):
     ) -> Float[Array, "b tokens width"]:
         width = x.shape[-1]
         query = nn.Dense(width, dtype=self.dtype, name="query")(x)
-        query = rearrange(query, "b s (heads dim) -> b s heads dim", heads=self.num_heads)
-        key_value = nn.Dense(2 * width, dtype=self.dtype, name="key_value")(text)
-        key, value = rearrange(key_value, "b s (two heads dim) -> two b s heads dim", two=2, heads=self.num_heads)
+        query = constrain(rearrange(query, "b s (heads dim) -> b s heads dim", heads=self.num_heads), *HEADS)
+        key_value = HeadProjections(2, width, self.num_heads, self.dtype, name="key_value")(text)
+        key, value = (constrain(part, "batch", None, "heads", None) for part in key_value)
         query = QueryKeyNorm(self.qk_norm, self.dtype, name="query_norm")(query)
         key = QueryKeyNorm(self.qk_norm, self.dtype, name="key_norm")(key)
         mask = text_mask[:, None] if text_mask.ndim == 3 else text_mask[:, None, None]
-        out = jax.nn.dot_product_attention(query, key, value, mask=mask)
+        out = constrain(jax.nn.dot_product_attention(query, key, value, mask=mask), *HEADS)
         project = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")
-        return project(rearrange(out, "b s heads dim -> b s (heads dim)"))
+        return constrain(project(rearrange(out, "b s heads dim -> b s (heads dim)")), "batch", "tokens", None)

@@ -190,7 +190,7 @@ class FeedForward(nn.Module):
             up = up * nn.silu(nn.Dense(hidden, dtype=dtype, name="gate")(x))
         else:
             up = nn.gelu(up, approximate=True)
-        return nn.Dense(self.config.width, dtype=dtype, name="down")(up)
+        return constrain(nn.Dense(self.config.width, dtype=dtype, name="down")(up), *TOKENS)
 
 
 class Modulation(nn.Module):
@@ -210,7 +210,8 @@ class Modulation(nn.Module):
             dense = nn.Dense(
                 self.count * width, dtype=self.config.compute_dtype, kernel_init=nn.initializers.zeros, name="linear"
             )
-            values = rearrange(dense(nn.silu(time)), "b f (n width) -> b f n width", n=self.count)
+            values = constrain(dense(nn.silu(time)), "batch", None, None)
+            values = rearrange(values, "b f (n width) -> b f n width", n=self.count)
         else:
             table = self.param("table", nn.initializers.zeros, (self.count, width))
             values = shared + table.astype(shared.dtype)
@@ -245,17 +246,17 @@ class Block(nn.Module):
         angles = None
         if config.position == "learned":
             position = FactorisedPosition(order, config.grid, config.width, dtype, name="position")()
-            x = x + constrain(position, "tokens", None)
+            x = constrain(x + constrain(position, "tokens", None), *TOKENS)
         else:
             angles = rotary_angles(order, config.head_dim)
 
         hidden = modulate(_norm(config)(x), attention_shift, attention_scale)
         attention = SelfAttention(config.num_heads, config.qk_norm, self.windows, dtype, name="self_attention")
-        x = x + gated(attention(hidden, angles, key_mask), attention_gate)
+        x = constrain(x + gated(attention(hidden, angles, key_mask), attention_gate), *TOKENS)
         if config.cross_attention:
             hidden = _norm(config, affine=True, name="cross_norm")(x)
             cross = CrossAttention(config.num_heads, config.qk_norm, dtype, name="cross_attention")
-            x = x + cross(hidden, text, text_mask)
+            x = constrain(x + cross(hidden, text, text_mask), *TOKENS)
         hidden = modulate(_norm(config)(x), ffn_shift, ffn_scale)
         return constrain(x + gated(FeedForward(config, name="feed_forward")(hidden), ffn_gate), *TOKENS)
 
@@ -308,12 +309,13 @@ class DiT(nn.Module):
             time = time + nn.Dense(config.width, dtype=dtype, kernel_init=nn.initializers.zeros, name="pooled_text")(
                 pooled
             )
-        shared = None
+        time, shared = constrain(time, "batch", None, None), None
         if config.adaln == "single":
             projection = nn.Dense(
                 6 * config.width, dtype=dtype, kernel_init=nn.initializers.zeros, name="time_projection"
             )
-            shared = rearrange(projection(nn.silu(time)), "b f (n width) -> b f n width", n=6)
+            shared = constrain(projection(nn.silu(time)), "batch", None, None)
+            shared = rearrange(shared, "b f (n width) -> b f n width", n=6)
         key_mask = None
         if frame_mask is not None:
             tokens = jnp.ones((len(latents), order.num_tokens, 1), bool)
@@ -349,6 +351,7 @@ class DiT(nn.Module):
             TextProjection(self.config.width, self.config.text_projection, dtype, name=f"text_projection_{index}")(x)
             for index, (x, _) in enumerate(text)
         ]
+        projected = [constrain(x, "batch", None, None) for x in projected]
         return jnp.concatenate(projected, axis=1), jnp.concatenate([mask for _, mask in text], axis=-1)
 
     def _blocks(self, layers: tuple[Windows, ...], x: Array, inputs: tuple) -> Array:

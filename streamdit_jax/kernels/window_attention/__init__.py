@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 
 import jax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from streamdit_jax.kernels.window_attention.reference import window_attention as _reference
 from streamdit_jax.kernels.window_attention.xla import window_attention as _xla
@@ -31,6 +31,7 @@ def window_attention(
     value: Float[Array, "b tokens heads dim"],
     windows: Windows,
     key_mask: Bool[Array, "b tokens"] | None = None,
+    segments: Int[Array, "windows blocks"] | None = None,
     *,
     backend: str | None = None,
 ) -> Float[Array, "b tokens heads dim"]:
@@ -39,6 +40,9 @@ def window_attention(
     query, key, value: [batch, tokens, heads, head_dim], tokens in the order of `windows.order`.
     key_mask: [batch, tokens], False for tokens that no one may attend to; a token that sees none has an unspecified,
         finite result.
+    segments: [windows, blocks of a window], the part of its window that each block belongs to, where this is data, as
+        on devices that hold windows of unlike parts; only blocks of one part see each other. By default it is as
+        `windows.segments` says.
     backend: a name in `BACKENDS`; by default those of the platform are tried in order, and the first that does not
         raise NotImplementedError serves. The choice is logged once.
 
@@ -47,12 +51,12 @@ def window_attention(
     if backend is not None:
         if backend not in BACKENDS:
             raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
-        return BACKENDS[backend](query, key, value, windows, key_mask)
+        return BACKENDS[backend](query, key, value, windows, key_mask, segments)
     platform = jax.default_backend()
     passed_over = []
     for name in PREFERENCE.get(platform, ("xla",)):
         try:
-            result = BACKENDS[name](query, key, value, windows, key_mask)
+            result = BACKENDS[name](query, key, value, windows, key_mask, segments)
         except NotImplementedError as reason:
             passed_over.append(f"{name}: {reason}")
             continue

@@ -11,11 +11,15 @@ import numpy as np
 from streamdit_jax.kernels.windows import Windows
 
 
-def window_attention(query, key, value, windows: Windows, key_mask=None):
+def window_attention(query, key, value, windows: Windows, key_mask=None, segments=None):
     """See `streamdit_jax.kernels.window_attention.window_attention`. Memory grows with the square of the tokens."""
     window, region = windows.window_and_region(windows.order.coordinates)
     place = np.concatenate([window, region], axis=1)
     visible = jnp.asarray(np.all(place[:, None] == place[None], axis=-1))[None, None]
+    if segments is not None:
+        of_block = jnp.zeros(windows.blocks.size, jnp.int32).at[windows.blocks.ravel()].set(segments.ravel())
+        of_token = jnp.repeat(of_block, windows.order.block_size)
+        visible = visible & (of_token[:, None] == of_token)
     if key_mask is not None:
         visible = visible & key_mask[:, None, None, :]
     q, k, v = (x.astype(jnp.float32) for x in (query, key, value))

@@ -10,7 +10,7 @@ from einops import rearrange, repeat
 from streamdit_jax.kernels.windows import Windows
 
 
-def window_attention(query, key, value, windows: Windows, key_mask=None):
+def window_attention(query, key, value, windows: Windows, key_mask=None, segments=None):
     """See `streamdit_jax.kernels.window_attention.window_attention`."""
     batch, size = query.shape[0], windows.order.block_size
     blocks = windows.blocks.ravel()
@@ -23,8 +23,9 @@ def window_attention(query, key, value, windows: Windows, key_mask=None):
         return rearrange(x, "b (windows tokens) ... -> (b windows) tokens ...", tokens=per_window * size)
 
     mask = None
-    if windows.block_mask is not None:
-        mask = repeat(jnp.asarray(windows.block_mask), "n q k -> (b n) 1 (q i) (k j)", b=batch, i=size, j=size)
+    seen = windows.block_mask if segments is None else segments[:, :, None] == segments[:, None]
+    if seen is not None:
+        mask = repeat(jnp.asarray(seen), "n q k -> (b n) 1 (q i) (k j)", b=batch, i=size, j=size)
     if key_mask is not None:
         seen = gather(key_mask)[:, None, None, :]
         mask = seen if mask is None else mask & seen
