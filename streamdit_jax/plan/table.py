@@ -1,0 +1,50 @@
+"""A plan's report for readers: the same numbers as its JSON, in units that say something."""
+
+from typing import Any
+
+from streamdit_jax.plan.fit import size
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report as lines of two columns, and one line for each kind of collective and mesh axis."""
+    mesh = " × ".join(f"{name} {size}" for name, size in report["mesh"].items() if size > 1) or "one device"
+    slices = f", {report['slices']} slices" if report["slices"] > 1 else ""
+    rows = [
+        ("config", f"{report['config']}, {_program(report)}"),
+        ("topology", f"{report['topology']}{slices}: {report['devices']} devices, {mesh}"),
+        ("parameters", f"{count(report['parameters'])}, computed in {report['precision']}"),
+        ("arguments", f"{size(report['argument_bytes_per_device'])} per device"),
+        ("temporaries", f"{size(report['temporary_bytes_per_device'])} per device"),
+        ("HBM", f"{report['hbm_share']:.1%} of {size(report['hbm_bytes_per_device'])}"),
+    ]
+    if report["flops_per_step"] is not None:
+        each = report["flops_per_step_per_device"]
+        again = report["rematerialised_flops_per_step"] / report["flops_per_step"]
+        rows.append(("FLOPs", f"{count(report['flops_per_step'])}FLOP a step, {count(each)}FLOP per device"))
+        rows[-1] = (rows[-1][0], rows[-1][1] + (f"; rematerialisation adds {again:.0%}" if again else ""))
+    for kind, of_kind in report["collectives"].items():
+        for axes, sent in of_kind["axes"].items():
+            rows.append((kind, f"{sent['count']} over {axes or 'one device'}, {size(sent['bytes'])} per device"))
+    if not report["collectives"]:
+        rows.append(("collectives", "none"))
+    rows.append(("compiled in", f"{report['compile_seconds']} s, {size(report['host_peak_bytes'])} of host memory"))
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def count(number: float) -> str:
+    """A number for readers, as "4.12 G"."""
+    for unit, power in (("P", 15), ("T", 12), ("G", 9), ("M", 6)):
+        if number >= 10**power:
+            return f"{number / 10**power:,.2f} {unit}"
+    return f"{number:,.0f} "
+
+
+def _program(report: dict[str, Any]) -> str:
+    if report["what"] == "stream":
+        return f"streaming step of {report['scheme']} at guidance {report['guidance']:g}"
+    parts = f" in {report['accumulate']} parts" if report["accumulate"] > 1 else ""
+    bucket = "" if report["bucket"] == "main" else f", bucket {report['bucket']}"
+    return (
+        f"training step of {report['stage']}{bucket}, {report['batch_size']} examples{parts}, remat {report['remat']}"
+    )
