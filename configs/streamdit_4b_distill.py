@@ -2,23 +2,24 @@
 
     streamdit train --config=configs/streamdit_4b_distill.py --workdir=runs/distilled --config.data.source=DIR
 
-The teacher is configs/streamdit_4b.py's model, sampled at 16 micro steps a chunk with guidance; the student takes one,
-without. The paper trains it for 10k steps on 64 H100. DIR holds latents that `streamdit encode` made.
+The teacher is configs/streamdit_4b_quality.py's model, sampled at 16 micro steps a chunk with guidance; the student
+takes one, without. The paper trains it for 10k steps on 64 H100. DIR holds latents that `streamdit encode` made. It has
+been compiled, and not been run.
 """
 
 import ml_collections
 
-from configs import streamdit_4b
+from configs import streamdit_4b_quality
 
 
 def get_config() -> ml_collections.ConfigDict:
-    config = streamdit_4b.get_config()
+    config = streamdit_4b_quality.get_config()
     config.sampling.scheme = "N8c2s1"
     config.sampling.guidance = 1.0
 
     config.training = ml_collections.ConfigDict()
     stage = config.training.distillation = ml_collections.ConfigDict()
-    stage.teacher = "runs/streamdit_4b"
+    stage.teacher = "runs/streamdit_4b_quality"
     stage.scheme = "N8c2s1"
     stage.teacher_steps = 16
     stage.guidance = 7.5

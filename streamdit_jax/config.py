@@ -29,6 +29,8 @@ class DataConfig:
 
     clip_frames: frames of a stored clip; a training example is a random crop of it. height, width, frame_rate: what
         video is resampled to.
+    frame_rate_prompt: captions and prompts begin with the frame rate of their video, "FPS-16 a red car" (Movie Gen
+        §3.1.3).
     num_clips, captions_per_clip: how much of the roadtrip world is rendered.
     autoencoder: a model, bundled or a directory, whose autoencoder is used instead of training one; "" for none.
     """
@@ -40,6 +42,7 @@ class DataConfig:
     height: int = 64
     width: int = 64
     frame_rate: float = 16.0
+    frame_rate_prompt: bool = False
     autoencoder: str = ""
 
     def __post_init__(self):
@@ -134,17 +137,46 @@ class Config:
             )
             schemes.append(("training.distillation.scheme", PartitionScheme.parse(distillation.scheme)))
         if flow_matching is not None:
-            field, stage = "training.flow_matching", flow_matching
-            schemes += [(f"{field}.objective.mixture.entries", scheme) for scheme in stage.objective.mixture.schemes]
-            require(
-                stage.train_text or stage.start_from or self.training.text_alignment is not None,
-                f"{field}.train_text: False leaves text encoders untrained; give start_from or training.text_alignment",
-            )
+            self._check_mixture("training.flow_matching")
+            self._check_buckets("training.flow_matching")
         for field, scheme in schemes:
             require(
                 scheme.buffer_size == frames,
                 f"{field}: {scheme} does not tile the buffer: it has {scheme.buffer_size} frames "
                 f"and dit.latent {frames}",
+            )
+
+    def _check_mixture(self, field: str) -> None:
+        stage, frames = self.training.flow_matching, self.dit.latent[0]
+        lengths = {frames, *(bucket.latent[0] for bucket in stage.buckets.values())}
+        for scheme in stage.objective.mixture.schemes:
+            require(
+                scheme.buffer_size in lengths,
+                f"{field}.objective.mixture.entries: {scheme} does not tile the buffer: it has {scheme.buffer_size} "
+                f"frames and dit.latent {frames}",
+            )
+        for length in lengths:
+            try:
+                stage.objective.mixture.arrays(length)
+            except ValueError as mistake:
+                raise ValueError(f"{field}.objective.mixture.{mistake}") from None
+        sources = stage.train_text or stage.start_from or stage.text_from or self.training.text_alignment is not None
+        require(
+            bool(sources),
+            f"{field}.train_text: False leaves text encoders untrained; give start_from, text_from or "
+            "training.text_alignment",
+        )
+
+    def _check_buckets(self, field: str) -> None:
+        for name, bucket in self.training.flow_matching.buckets.items():
+            try:
+                self.dit.at(bucket.latent)
+            except ValueError as mistake:
+                raise ValueError(f"{field}.buckets.{name}.latent: {str(mistake).removeprefix('latent: ')}") from None
+            require(
+                bool(bucket.source) or bucket.latent[1:] == self.dit.latent[1:3],
+                f"{field}.buckets.{name}.source: missing; the stage's own data has only {self.dit.latent[1:3]} latents "
+                f"of height and width, not {bucket.latent[1:]}",
             )
 
     def to_json(self) -> str:
@@ -162,6 +194,10 @@ def _convert(value: Any, annotation: Any, path: str) -> Any:
         if not isinstance(value, Mapping):
             raise ConfigError(f"{path}: expected fields of {annotation.__name__}, not {value!r}")
         return _build(annotation, value, path)
+    if origin is dict:
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{path}: expected names with their fields, not {value!r}")
+        return {str(name): _convert(value[name], arguments[1], f"{path}.{name}") for name in sorted(value)}
     if origin is tuple:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ConfigError(f"{path}: expected a sequence, not {value!r}")

@@ -21,7 +21,7 @@ from streamdit_jax.endless import START, Stream, checked_log, first_source
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
 from streamdit_jax.models.dit import DiT, DiTConfig, Text, unstack
 from streamdit_jax.models.tae import TAE, initial_decoder_state, initial_encoder_state
-from streamdit_jax.models.text import TextEncoder, tokenize
+from streamdit_jax.models.text import TextEncoder, tokenize, with_frame_rate
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.snapshot import Snapshot
 from streamdit_jax.steering import side_by_side
@@ -255,6 +255,8 @@ class Pipeline:
 
     def encode_prompt(self, prompt: str) -> Text:
         """The DiT's text input for one prompt. StreamDiTError where it has more bytes than the model takes."""
+        if self.config.data.frame_rate_prompt:
+            prompt = with_frame_rate(prompt, self.frame_rate)
         try:
             tokens, mask = tokenize(prompt, min(config.max_tokens for config in self.config.text))
         except ValueError as mistake:

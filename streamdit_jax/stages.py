@@ -84,9 +84,7 @@ class MixtureConfig:
         A single frame needs no entry: there is one way to divide it. ValueError where no scheme tiles another length.
         """
         weighted = [
-            (scheme, weight)
-            for scheme, (_, weight) in zip(self.schemes, self.entries)
-            if scheme.buffer_size == frames
+            (scheme, weight) for scheme, (_, weight) in zip(self.schemes, self.entries) if scheme.buffer_size == frames
         ]
         if frames == 1 and not weighted:
             weighted = [(PartitionScheme(0, 1, 1, 1), 1.0)]
@@ -142,6 +140,8 @@ class StageConfig:
     num_frames: frames of an example: of pixels for the autoencoder, of latents (the whole buffer) for the transformer.
     accumulate: the parts of a batch that go through one after another; the update takes the mean of their gradients.
     abort_after_nonfinite: so many non-finite steps in a row end the run; each is skipped and counted.
+    hang_seconds: how long a step, a save or sampling may take before the run counts as hanging, and ends to be started
+        again; a process that says nothing at all is given 80 s at most.
     """
 
     steps: int
@@ -155,6 +155,7 @@ class StageConfig:
     keep_checkpoints: int = 2
     sample_every: int = 0
     abort_after_nonfinite: int = 10
+    hang_seconds: float = 1800.0
 
     def __post_init__(self):
         for field in (
@@ -176,12 +177,17 @@ class StageConfig:
             self.optimizer.warmup_steps <= self.steps,
             f"optimizer.warmup_steps: {self.optimizer.warmup_steps} is more than the stage's {self.steps} steps",
         )
+        require(self.hang_seconds > 0, f"hang_seconds: must be positive, not {self.hang_seconds}")
         require(self.sample_every >= 0, f"sample_every: must not be negative, not {self.sample_every}")
         require(0 <= self.ema_decay < 1, f"ema_decay: lies from 0 to below 1, not at {self.ema_decay}")
 
     def batch_sizes(self) -> dict[str, int]:
         """The sizes of the batches that the stage's step takes, by the name of their field."""
         return {"batch_size": self.batch_size}
+
+    def buckets_by_name(self) -> dict[str, "BucketConfig"]:
+        """Batches of other shapes than the stage's own; only flow matching has them."""
+        return {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,8 +234,8 @@ class BucketConfig:
 class FlowMatchingStage(StageConfig):
     """start_from: a model, bundled or a directory, whose text encoders and DiT are fine-tuned (§5.1); "" for none. It
     may have a shorter buffer: training on images comes first (`training.flow_matching.lengthen`).
-    text_from: a model whose text encoders are taken, for a DiT that begins anew. train_text: whether the text encoders
-        learn too; they must come from somewhere if not.
+    text_from: a model whose text encoders are taken instead, for a DiT that begins anew or elsewhere.
+    train_text: whether the text encoders learn too; they must come from somewhere if not.
     buckets: batches of other shapes, by a name of their own.
     """
 
@@ -241,10 +247,6 @@ class FlowMatchingStage(StageConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        require(
-            not (self.start_from and self.text_from),
-            "text_from: start_from brings text encoders of its own; give only one of both",
-        )
         for name, bucket in self.buckets.items():
             require(name != MAIN, f"buckets.{name}: this is the name of the stage's own shape; choose another")
             require(
@@ -254,13 +256,21 @@ class FlowMatchingStage(StageConfig):
         shares = sum(bucket.share for bucket in self.buckets.values())
         require(shares < 1, f"buckets: their shares make {shares:g}; the stage's own shape needs some of the steps")
 
+    def buckets_by_name(self) -> dict[str, BucketConfig]:
+        return {name: self.buckets[name] for name in sorted(self.buckets)}
+
+    def shapes(self) -> tuple[tuple[int, int, int], ...]:
+        """The buckets' (frames, height, width) of latents, each once."""
+        return tuple(sorted({bucket.latent for bucket in self.buckets.values()}))
+
     def shares(self) -> dict[str, float]:
         """Of the steps, by bucket; the stage's own shape first, the others by name."""
-        named = {name: self.buckets[name].share for name in sorted(self.buckets)}
+        named = {name: bucket.share for name, bucket in self.buckets_by_name().items()}
         return {MAIN: 1 - sum(named.values()), **named}
 
     def batch_sizes(self) -> dict[str, int]:
-        return super().batch_sizes() | {f"buckets.{n}.batch_size": b.batch_size for n, b in self.buckets.items()}
+        others = {f"buckets.{name}.batch_size": bucket.batch_size for name, bucket in self.buckets_by_name().items()}
+        return super().batch_sizes() | others
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

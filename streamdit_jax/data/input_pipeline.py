@@ -4,10 +4,13 @@
 Row r of step n is the global example g = n · batch_size + r. Everything about it follows from (seed, g): the clip
 is g's place in an endless shuffle (every epoch another order), crop and caption come from a generator seeded with
 (seed, g). So the state of the input is one integer, the step; any number of processes may continue from it.
+
+Of several buckets, batches of different shapes, step n has the one that the n-th number of a generator seeded with the
+seed picks; in its own data a bucket is as far as it had steps. So one integer still says all.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import grain
@@ -120,6 +123,41 @@ def make_batches(
     batches = grain.MapDataset.range(first_step * rows, _END // rows * rows).map(load).batch(rows, drop_remainder=True)
     iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=prefetch, prefetch_buffer_size=prefetch)))
     return Batches(iterator, first_step)
+
+
+class BucketedBatches(Iterator[dict[str, np.ndarray]]):
+    """Endless iterator of batches, each from one of several buckets; the same bucket on every process.
+
+    open_bucket: (name, first) → the bucket's own batches, from its `first`-th on. shares: of the steps, by name; they
+    make 1. `next_step`: the step whose batch comes next; saving this integer saves the state of all buckets.
+    """
+
+    def __init__(
+        self,
+        open_bucket: Callable[[str, int], Batches],
+        shares: Mapping[str, float],
+        *,
+        seed: int,
+        first_step: int = 0,
+    ):
+        self._names, self._limits = list(shares), np.cumsum(list(shares.values()))[:-1]
+        self._random = np.random.Generator(np.random.Philox(seed))
+        before = np.bincount(self._pick(self._random.random(first_step)), minlength=len(self._names))
+        self._buckets = [open_bucket(name, int(first)) for name, first in zip(self._names, before)]
+        self.next_step = first_step
+
+    def _pick(self, drawn: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self._limits, drawn, side="right")
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        batch = next(self._buckets[int(self._pick(self._random.random()))])
+        self.next_step += 1
+        return batch
+
+    def close(self):
+        """Stops the reading threads of all buckets."""
+        for bucket in self._buckets:
+            bucket.close()
 
 
 _END = 1 << 60  # no training comes that far

@@ -87,6 +87,13 @@ def tokenize(text: str, max_tokens: int) -> tuple[Int[np.ndarray, "S"], Bool[np.
     return tokens, np.arange(max_tokens) <= len(data)
 
 
+def with_frame_rate(text: str, frame_rate: float) -> str:
+    """A caption or prompt that tells its video's frame rate, "FPS-16 a red car" (Movie Gen §3.1.3). The empty prompt,
+    the one without conditions, stays empty.
+    """
+    return f"FPS-{frame_rate:g} {text}" if text else text
+
+
 def relative_buckets(length: int, num_buckets: int, max_distance: int) -> Int[np.ndarray, "S S"]:
     """Bucket of each (query, key) pair, bidirectional: half the buckets for keys before the query, half for keys after.
 

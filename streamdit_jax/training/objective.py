@@ -29,8 +29,9 @@ class Objective:
         constants: arrays that the loss reads and never changes: a scheme's tables, a frozen autoencoder, a teacher.
             They enter the compiled step as an argument, so that other values of the same shapes do not compile it again
             (law 1).
-        flops: batch → FLOPs of one step on a batch of these shapes (arrays or `jax.ShapeDtypeStruct`s), counted from the
-            configuration: what the devices must at least compute, whatever is rematerialised. None where nobody counted.
+        flops: batch → FLOPs of one step on a batch of these shapes (arrays or `jax.ShapeDtypeStruct`s), counted from
+            the configuration: what the devices must at least compute, whatever is rematerialised. None where nobody
+            counted.
         first_batch: what init reads instead of the stage's first batch, where it takes more (or other) examples to
             begin well; a data-dependent initialisation does.
     """

@@ -11,6 +11,7 @@ command.
 """
 
 import dataclasses
+import hashlib
 import json
 import time
 from pathlib import Path
@@ -19,18 +20,20 @@ from typing import Any
 import jax
 import numpy as np
 
-from streamdit_jax import sharding, weights
+from streamdit_jax import distributed, sharding, weights
 from streamdit_jax.config import Config
 from streamdit_jax.data import encode, records, video
-from streamdit_jax.data.input_pipeline import make_batches
 from streamdit_jax.data.roadtrip_builder import prepare_roadtrip
-from streamdit_jax.errors import ConfigError, DataError
+from streamdit_jax.errors import CheckpointError, ConfigError, DataError
 from streamdit_jax.machine import hardware, versions
 from streamdit_jax.models.tae import TAE
 from streamdit_jax.models.text import tokenize
 from streamdit_jax.pipeline import Pipeline, find_model, initialise
 from streamdit_jax.stages import StageConfig
+from streamdit_jax.training import agreement
+from streamdit_jax.training.abstract import abstract_batches
 from streamdit_jax.training.autoencoder import autoencoder, latent_statistics, weigh_channels
+from streamdit_jax.training.buckets import stage_batches
 from streamdit_jax.training.distillation import distillation
 from streamdit_jax.training.flow_matching import flow_matching, lengthen, max_tokens
 from streamdit_jax.training.loop import run_stage
@@ -53,15 +56,19 @@ def open_source(config: Config, workdir: Path, log=print) -> records.Records:
     """The clips to train on: rendered, ingested or opened. DataError, naming it, for a source that is none of these."""
     data, source = config.data, Path(config.data.source)
     if data.source == "roadtrip":
+        if jax.process_index() > 0:
+            agreement.gather("")  # process 0 renders; the others then find what it made
         directory = prepare_roadtrip(
             workdir / "data", data.num_clips, data.clip_frames, data.captions_per_clip, config.seed, data.height
         )
+        if jax.process_index() == 0:
+            agreement.gather("")
         return records.open_records(directory)
     if not source.is_dir():
         raise DataError(f'{source}: data.source is neither "roadtrip" nor a directory')
     if encode.is_video_folder(source):
         pixels = workdir / "data" / "video"
-        if not pixels.exists():
+        if _is_missing(pixels):
             log(f"reading the videos of {source}")
             encode.ingest(
                 source,
@@ -70,20 +77,41 @@ def open_source(config: Config, workdir: Path, log=print) -> records.Records:
                 width=data.width,
                 frame_rate=data.frame_rate,
                 clip_frames=data.clip_frames,
+                process_index=jax.process_index(),
+                process_count=jax.process_count(),
             )
         source = pixels
     return records.open_records(source)
 
 
 def encode_records(config: Config, tae_params: Any, source: records.Records, out: Path, log=print) -> records.Records:
-    """The clips of `source` as latents in `out`, made once. `out` must not hold something else."""
-    if not out.exists():
+    """The clips of `source` as latents in `out`, made once, each process its share. `out` must not hold something else."""
+    if _is_missing(out):
         log(f"encoding {len(source)} clips to latents")
         apply = jax.jit(lambda params, clips: TAE(config.tae).apply({"params": params}, clips, method=TAE.encode)[0])
         encode.encode(
-            source.directory, out, lambda clips: np.asarray(apply(tae_params, clips)), batch_size=ENCODE_BATCH
+            source.directory,
+            out,
+            lambda clips: np.asarray(apply(tae_params, clips)),
+            batch_size=ENCODE_BATCH,
+            metadata={"autoencoder": _digest(tae_params)},
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
         )
     return records.open_records(out)
+
+
+def _is_missing(directory: Path) -> bool:
+    """Whether records are still to be made; process 0 looks, so that all processes do the same."""
+    return agreement.gather(str(not directory.exists()))[0] == "True"
+
+
+def _digest(params: Any) -> str:
+    """Of an autoencoder's parameters: latents of another one are not gone on with."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.ascontiguousarray(leaf))
+    return digest.hexdigest()[:16]
 
 
 def train(config: Config, workdir: str | Path, command: str = "", log=print) -> Path:
@@ -113,13 +141,13 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
             autoencoder(config.tae, stages.autoencoder.objective, config.dit.compute_dtype), config, source
         )
         state, facts = _run(config, "autoencoder", stages.autoencoder, objective, source, workdir, mesh, None, log)
-        tae = jax.tree.map(np.asarray, state.ema_params["tae"])
+        tae = distributed.gather(state.ema_params["tae"])
         videos = (source[int(index)]["video"][None] for index in _spread(len(source), STATISTICS_CLIPS))
         tae = latent_statistics(tae, videos, config.tae)
         if stages.autoencoder.importance_power:
             videos = (source[int(index)]["video"][None] for index in _spread(len(source), IMPORTANCE_CLIPS))
             tae = weigh_channels(tae, videos, config.tae, stages.autoencoder.importance_power)
-        parts["tae"] = jax.tree.map(np.asarray, tae)
+        parts["tae"] = distributed.from_first(tae)
         card["stages"]["autoencoder"] = facts
         _save(model, config, parts, card)
 
@@ -136,7 +164,7 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
             objective = _started(config, parts) if name == "flow_matching" else _distilled(config, parts)
             sample = _sampler(config, parts, workdir / name) if "tae" in parts else None
         state, facts = _run(config, name, stage, objective, latents, workdir, mesh, sample, log)
-        parts |= {part: jax.tree.map(np.asarray, state.ema_params[part]) for part in state.ema_params if part != "head"}
+        parts |= {part: distributed.gather(tree) for part, tree in state.ema_params.items() if part != "head"}
         card["stages"][name] = facts
         _save(model, config, parts, card)
     return model
@@ -169,14 +197,17 @@ def _latents(config: Config, parts: dict, source: records.Records, workdir: Path
 
 
 def _started(config: Config, parts: dict) -> Objective:
-    """Flow matching that starts from the text encoders of an earlier stage, or from a whole model."""
+    """Flow matching that starts from the text encoders of an earlier stage, or from the parts of named models."""
     stage = config.training.flow_matching
     initial = jax.tree.map(lambda x: np.asarray(x, np.float32), {"text": parts["text"]} if "text" in parts else {})
-    if stage.start_from:
-        initial = _parts_of(find_model(stage.start_from), config, ("text", "dit"))
+    of_model = ("dit",) if stage.text_from else ("text", "dit")
+    for field, wanted in (("start_from", of_model), ("text_from", ("text",))):
+        if named := getattr(stage, field):
+            initial |= _parts_of(_named_model(f"training.flow_matching.{field}", named), config, wanted)
     if not stage.train_text:
         parts["text"] = initial["text"]
-    objective = flow_matching(config, stage.objective, text_params=None if stage.train_text else initial["text"])
+    frozen = None if stage.train_text else initial["text"]
+    objective = flow_matching(config, stage.objective, text_params=frozen, buckets=stage.shapes())
     if not initial:
         return objective
     tokens, mask = tokenize("", max_tokens(config.text))
@@ -187,9 +218,18 @@ def _started(config: Config, parts: dict) -> Objective:
 def _distilled(config: Config, parts: dict) -> Objective:
     """Distillation of the teacher that the stage names, or of what the run has made; text encoders stay as they are."""
     named = config.training.distillation.teacher
-    teacher = _parts_of(find_model(named), config, ("text", "dit")) if named else parts
+    directory = _named_model("training.distillation.teacher", named) if named else None
+    teacher = parts if directory is None else _parts_of(directory, config, ("text", "dit"))
     parts["text"] = teacher["text"]
     return distillation(config, config.training.distillation, teacher)
+
+
+def _named_model(field: str, name: str) -> Path:
+    """The directory of the model that a field names. ConfigError, naming the field, where there is none."""
+    try:
+        return find_model(name)
+    except CheckpointError as missing:
+        raise ConfigError(f"{field}: {missing}") from None
 
 
 def _parts_of(directory: Path, config: Config, names: tuple[str, ...]) -> dict[str, Any]:
@@ -208,7 +248,9 @@ def _sampler(config: Config, parts: dict, folder: Path):
     """Writes streams of the parameters at hand."""
 
     def sample(step, params):
-        write_samples(config, {**parts, **params}, folder / "samples" / f"step_{step:07d}")
+        params = distributed.gather(params)
+        if jax.process_index() == 0:
+            write_samples(config, {**parts, **params}, folder / "samples" / f"step_{step:07d}")
 
     return sample
 
@@ -220,7 +262,7 @@ def _is_finished(card: dict, name: str, stage: StageConfig) -> bool:
 
 def _borrowed_autoencoder(config: Config) -> dict[str, Any]:
     """The autoencoder of the model that `data.autoencoder` names. ConfigError where it is of another shape."""
-    directory = find_model(config.data.autoencoder)
+    directory = _named_model("data.autoencoder", config.data.autoencoder)
     described = weights.load_card(directory)
     theirs = described["config"].get("tae")
     if theirs != json.loads(config.to_json())["tae"]:
@@ -242,33 +284,15 @@ def _save(model: Path, config: Config, parts: dict, card: dict) -> None:
 
 def _run(config, name: str, stage: StageConfig, objective, source, workdir, mesh, sample_fn, log):
     """One stage through the loop; its state, and the facts of it for the model's card."""
-    text = None
-    if name != "autoencoder":
-        longest = max_tokens(config.text)
-
-        def text(caption):
-            return tokenize(caption, longest)
-
-    def batches(first_step):
-        return make_batches(
-            source,
-            batch_size=stage.batch_size,
-            num_frames=stage.num_frames,
-            seed=config.seed,
-            tokenize=text,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            first_step=first_step,
-        )
-
     began = time.monotonic()
     state = run_stage(
         objective,
         stage,
-        batches,
+        stage_batches(config, name, source),
         workdir / name,
         seed=config.seed,
         mesh=mesh,
+        batches=tuple(abstract_batches(config, name).values()),
         config_json=json.loads(config.to_json()),
         sample_fn=sample_fn,
         log=log,
