@@ -1,16 +1,18 @@
-"""The command line: streamdit stream | train | encode | evaluate | bench | serve | export | figure.
+"""The command line: streamdit stream | train | encode | evaluate | bench | plan | serve | export | average | figure.
 
 A user's mistake ends in one clear line on standard error and exit code 2; with --json, standard output holds one JSON
 object and nothing else.
 """
 
 import argparse
+import functools
 import json
 import os
 import shlex
 import sys
 from pathlib import Path
 
+from streamdit_jax import distributed
 from streamdit_jax.errors import ConfigError, StreamDiTError
 
 DEFAULT_PROMPT = "a red car drives past green hills on a sunny day"
@@ -36,16 +38,24 @@ def _stream(arguments) -> int:
     return cli_stream.stream(arguments, _enable_compilation_cache)
 
 
+def _say(line: str) -> None:
+    print(f"streamdit: {line}", file=sys.stderr, flush=True)
+
+
 def _train(arguments) -> int:
     from streamdit_jax.config import from_arguments
 
     config = from_arguments(arguments.overrides)
+    cluster = distributed.start(_say)
+    first = cluster is None or cluster.process == 0
     _enable_compilation_cache()
     from streamdit_jax.training.run import train
 
     command = "streamdit train " + " ".join([*arguments.overrides, f"--workdir={arguments.workdir}"])
-    model = train(config, arguments.workdir, command, log=lambda line: print(line, file=sys.stderr, flush=True))
-    print(f"{model}: trained; try: streamdit stream {DEFAULT_PROMPT!r} --model={arguments.workdir}")
+    log = functools.partial(print, file=sys.stderr, flush=True) if first else lambda _: None
+    model = train(config, arguments.workdir, command, log=log)
+    if first:
+        print(f"{model}: trained; try: streamdit stream {DEFAULT_PROMPT!r} --model={arguments.workdir}")
     return 0
 
 
@@ -55,6 +65,7 @@ def _encode(arguments) -> int:
     from streamdit_jax.data import encode
     from streamdit_jax.pipeline import load
 
+    cluster = distributed.start(_say) or distributed.Cluster("none", 1, 0)
     pipeline = load(arguments.model)
     data = pipeline.config.data
     report = encode.encode(
@@ -67,8 +78,11 @@ def _encode(arguments) -> int:
         clip_frames=arguments.clip_frames or data.clip_frames,
         skip_bad=arguments.skip_bad,
         metadata={"model": pipeline.fingerprint},
+        process_index=cluster.process,
+        process_count=cluster.processes,
     )
-    print(report)
+    if cluster.process == 0:
+        print("\n".join([str(report), *report.skipped]))
     return 0
 
 
@@ -89,6 +103,22 @@ def _export(arguments) -> int:
     weights.save_model(arguments.out, described["config"], parts, card, dtype=arguments.dtype)
     size = sum(path.stat().st_size for path in Path(arguments.out).iterdir())
     print(f"{arguments.out}: {', '.join(parts)} in {arguments.dtype}, {size / 1e6:.1f} MB")
+    return 0
+
+
+def _average(arguments) -> int:
+    from streamdit_jax import weights
+    from streamdit_jax.pipeline import find_model
+
+    directories = [find_model(name) for name in arguments.models]
+    config, parts = weights.average(directories)
+    cards = [weights.load_card(directory) for directory in directories]
+    origins = [
+        {"model": name, "parts": {part: facts["sha256"] for part, facts in card["parts"].items()}}
+        for name, card in zip(arguments.models, cards)
+    ]
+    weights.save_model(arguments.out, config, parts, {"command": arguments.spelled, "average_of": origins})
+    print(f"{arguments.out}: the mean of {len(directories)} models, {', '.join(parts)}")
     return 0
 
 
@@ -133,6 +163,28 @@ def _bench(arguments) -> int:
     )
     report = {"command": arguments.spelled, **report}
     print(json.dumps(report, indent=None if arguments.json else 1))
+    return 0
+
+
+def _plan(arguments) -> int:
+    from streamdit_jax.plan.topology import only_describe
+
+    only_describe(arguments.topology)
+    from streamdit_jax.plan.report import run
+    from streamdit_jax.plan.table import table
+
+    report = run(
+        arguments.overrides,
+        arguments.topology,
+        what=arguments.what,
+        stage=arguments.stage,
+        bucket=arguments.bucket,
+        slices=arguments.slices,
+        precision=arguments.precision,
+        limit=arguments.limit,
+    )
+    report = {"command": arguments.spelled, **report}
+    print(json.dumps(report) if arguments.json else table(report))
     return 0
 
 
@@ -221,6 +273,10 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", choices=("float32", "bfloat16"), default="bfloat16")
     export.add_argument("--report", action="append", default=[], help="a JSON report of `streamdit evaluate`")
 
+    average = command("average", _average, "the mean of the weights of models of one shape, such as fine-tuned ones")
+    average.add_argument("out", help="the directory to write; a model there is replaced")
+    average.add_argument("models", nargs="+", metavar="model", help="a bundled model's name, or a directory")
+
     evaluate = command("evaluate", _evaluate, "measure what a model makes: PSNR, and what a probe reads in streams")
     evaluate.add_argument("what", choices=("autoencoder", "streams", "long", "switch", "samplers"))
     evaluate.add_argument("--prompts", type=int, help="clips or prompts; 10 to 100, by what is measured")
@@ -253,6 +309,19 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="one JSON object on one line")
     bench.epilog = "--config=FILE.py instead of --model: random weights; --config.a.b=VALUE overrides a field of it."
 
+    plan = command("plan", _plan, "compile a configuration's step for devices that need not be there")
+    plan.add_argument(
+        "--topology", required=True, help="v5e:4x4, v5p:8x8x4, v6e:16x16, tpu7x:4x4x4, h100:8, h200:8, or cpu:8"
+    )
+    plan.add_argument("--what", choices=("train", "stream"), default="train")
+    plan.add_argument("--stage", help="the stage of training; the configuration's last one by default")
+    plan.add_argument("--bucket", help="one of the stage's buckets; its own shape by default")
+    plan.add_argument("--slices", type=int, help="TPU slices of that topology; mesh.slices by default")
+    plan.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    plan.add_argument("--limit", type=float, default=0.95, help="share of a device's memory that the step may take")
+    plan.add_argument("--json", action="store_true", help="one JSON object on one line")
+    plan.epilog = "--config=FILE.py names the configuration; --config.a.b=VALUE overrides a field of it."
+
     serve = command("serve", _serve, "serve live streams, and a page to steer them by, until Ctrl-C")
     serve.add_argument("--model", default="roadtrip", help="a bundled model's name, or a directory that train wrote")
     serve.add_argument("--scheme", help="partition scheme, such as N8c2s2; the model's own by default")
@@ -278,7 +347,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments, rest = parser.parse_known_args(argv)
     arguments.spelled = shlex.join(["streamdit", *(sys.argv[1:] if argv is None else argv)])
-    if arguments.command in ("train", "bench"):
+    if arguments.command in ("train", "bench", "plan"):
         arguments.overrides = rest
     elif rest:
         parser.error(f"unknown argument {rest[0]}")
@@ -286,7 +355,7 @@ def main(argv: list[str] | None = None) -> int:
         return arguments.run(arguments)
     except StreamDiTError as mistake:
         print(f"streamdit: {mistake}", file=sys.stderr)
-        return 2
+        return distributed.leave(2)
     except ModuleNotFoundError as missing:
         if missing.name is None or missing.name.split(".")[0] == "streamdit_jax":
             raise

@@ -82,6 +82,9 @@ def start(
 
     if jax.distributed.is_initialized():
         return cluster
+    # JAX's own handler would swallow a SIGTERM that comes before there is a step to stop at; `training.watch` does not.
+    jax.config.update("jax_enable_preemption_service", False)
+    sys.excepthook = _leave_after_traceback
     options: dict[str, Any] = {
         "initialization_timeout": timeout_seconds,
         "heartbeat_timeout_seconds": heartbeat_seconds,
@@ -128,6 +131,11 @@ def leave(code: int) -> int:
             sys.stderr.flush()
             os._exit(code)
     return code
+
+
+def _leave_after_traceback(*error) -> None:
+    sys.__excepthook__(*error)
+    leave(1)
 
 
 def gather(tree: Any) -> Any:
