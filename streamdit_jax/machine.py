@@ -10,6 +10,28 @@ import jax
 
 import streamdit_jax
 
+# Dense products in bfloat16, FLOPs per second of one device, by how its name begins: TPUs from JAX's own table
+# (jax.experimental.pallas.tpu.get_tpu_info; a device is a chip, but one of a chip's two cores for TPU7x), GPUs from
+# NVIDIA's data sheets, without sparsity. Longer names first.
+PEAK_FLOPS = {
+    "TPU v4": 2.75e14,
+    "TPU v5 lite": 1.97e14,
+    "TPU v5e": 1.97e14,
+    "TPU v5": 4.59e14,
+    "TPU v6 lite": 9.20e14,
+    "TPU v6e": 9.20e14,
+    "TPU7x": 1.155e15,
+    "NVIDIA A100": 3.12e14,
+    "NVIDIA H100 PCIe": 7.56e14,
+    "NVIDIA H100": 9.89e14,
+    "NVIDIA H200": 9.89e14,
+}
+
+
+def peak_flops_per_second(device_kind: str) -> float | None:
+    """The most that one device of this kind computes in bfloat16; None where unknown, as for CPUs."""
+    return next((peak for kind, peak in PEAK_FLOPS.items() if device_kind.startswith(kind)), None)
+
 
 def hardware() -> str:
     """What this process computes on, as "1 × NVIDIA H200" or "1 × cpu, x86_64, 2 cores"."""

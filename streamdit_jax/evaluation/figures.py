@@ -3,7 +3,6 @@
 matplotlib and Pillow are imported where they draw; streaming needs neither.
 """
 
-import json
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +12,7 @@ from jaxtyping import UInt8
 
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.training.metrics import read_metrics
 
 # More cells than this cannot be told apart in a picture.
 MOST_FRAMES, MOST_STEPS = 512, 4096
@@ -143,10 +143,9 @@ def draw_curves(stages: Sequence[str | Path], path: str | Path) -> None:
 
     path, lines = require_writable(path), []
     for stage in map(Path, stages):
-        file = stage / "metrics.jsonl"
-        if not file.is_file():
+        if not (rows := read_metrics(stage)):
             raise ConfigError(f"stages: {stage} holds no metrics.jsonl; give a directory such as runs/x/flow_matching")
-        lines.append([json.loads(line) for line in file.read_text().splitlines()])
+        lines.append(rows)
     figure, panels = plt.subplots(1, len(lines), figsize=(4.2 * len(lines), 3.2), squeeze=False, layout="constrained")
     for panel, stage, rows in zip(panels[0], stages, lines):
         drawn = [name for name in rows[0] if name == "loss" or name.startswith("velocity_loss")]

@@ -2,62 +2,46 @@
 
 A checkpoint of step n is a directory `n/` with the train state and one JSON object: the data position, the
 configuration, and each leaf's shape, type and checksum. Orbax does not notice a flipped bit in its data files, so the
-checksums are taken on the devices before saving and compared after restoring. What does not agree is a
-`CheckpointError` that says what is wrong and what to do.
+checksums are taken on the devices before saving and compared after restoring.
+
+A checkpoint that is damaged is set aside under another name, `n.damaged`, with the reason in a file beside it, and the
+one before it is used; it is never deleted. All processes of a run decide so together. One that belongs to another
+configuration is a `CheckpointError`, and so is a directory without an intact one: nothing begins anew silently.
 """
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
-import math
 import os
 import re
 import sys
 import traceback
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from etils import epath
 
 from streamdit_jax.errors import CheckpointError
 from streamdit_jax.sharding import path_name
+from streamdit_jax.training.agreement import gather
+from streamdit_jax.training.checksums import checked, checksums
 
 FORMAT = 1
 
 
 class Restored(NamedTuple):
-    """What a checkpoint held: the state, the next batch's number, and the configuration it was saved with."""
+    """What the checkpoint of a step held: the state, the next batch's number, and the configuration of that time."""
 
+    step: int
     state: Any
     next_step: int
     config: Any
-
-
-@jax.jit
-def checksums(tree) -> list[jax.Array]:
-    """A uint32 for each leaf, in the order of `jax.tree.leaves`: Σ bits(xᵢ)·(odd number of i) mod 2³².
-
-    An odd factor is invertible, so one flipped bit always changes the sum; and a sum of integers is the same in every
-    order, so it does not depend on the number of devices.
-    """
-
-    def one(x):
-        x = jnp.asarray(x)
-        if x.dtype == jnp.bool_:
-            x = x.astype(jnp.uint8)
-        bits = jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
-        index = jnp.zeros(x.shape, jnp.uint32)
-        for axis in range(x.ndim):  # the flat index without a reshape, which would gather a sharded array
-            stride = math.prod(x.shape[axis + 1 :]) % 2**32
-            index += jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride)
-        # Multiplied by a large odd constant before it is made odd, so that neighbours' factors differ in many bits.
-        return jnp.sum(bits.astype(jnp.uint32) * ((index * jnp.uint32(2654435761)) | jnp.uint32(1)), dtype=jnp.uint32)
-
-    return [one(x) for x in jax.tree.leaves(tree)]
 
 
 def describe(tree) -> dict[str, list]:
@@ -69,15 +53,16 @@ def describe(tree) -> dict[str, list]:
 class Checkpoints:
     """The checkpoints of one run. Every process of a run makes the same calls in the same order."""
 
-    def __init__(self, directory: str | os.PathLike, *, keep: int = 3):
+    def __init__(self, directory: str | os.PathLike, *, keep: int = 3, say: Callable[[str], None] = print):
         """
         Args:
             directory: where; made if it is missing.
-            keep: how many of the newest are kept.
+            keep: how many of the newest are kept. Damaged ones do not count.
+            say: takes a line about a checkpoint that was set aside.
         Raises:
             CheckpointError: the directory cannot be made or read.
         """
-        self.directory = Path(os.path.abspath(directory))
+        self.directory, self._say = Path(os.path.abspath(directory)), say
         _quieten()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         try:
@@ -87,12 +72,19 @@ class Checkpoints:
             raise CheckpointError(f"{self.directory}: cannot hold checkpoints: {_brief(error)}") from error
 
     def steps(self) -> list[int]:
-        """Steps whose checkpoint is complete on disk, in order. A save that failed is not among them."""
-        return sorted(ocp.utils.checkpoint_steps(self.directory))  # the manager's own list is of what was asked for
+        """Steps whose checkpoint is complete on disk, in order: what process 0 sees. A save that failed is not among
+        them."""
+        return json.loads(gather(json.dumps(self._steps()))[0])
 
     def latest(self) -> int | None:
-        """The newest of `steps()`, None if there is none."""
-        return max(self.steps(), default=None)
+        """The newest of `steps()`; None before the first. CheckpointError if there were some and all are damaged."""
+        steps, damaged = json.loads(gather(json.dumps([self._steps(), self._damaged()]))[0])
+        if damaged and not steps:
+            raise CheckpointError(
+                f"{self.directory}: no intact checkpoint is left; {', '.join(damaged)} were set aside, with the "
+                "reasons in files beside them; to begin anew, use another directory"
+            )
+        return max(steps, default=None)
 
     def save(self, step: int, state, *, next_step: int, config: Any = None) -> None:
         """Starts saving and returns once the state is copied, so that its buffers may be donated.
@@ -105,13 +97,20 @@ class Checkpoints:
             next_step: the data position, one integer: the batch that the next step will read.
             config: anything that JSON can say.
         Raises:
-            CheckpointError: this save could not start, or an earlier one did not end well.
+            CheckpointError: this save could not start, or an earlier one did not end well; or a value of the state is
+                not finite, and the message names the leaf: no checkpoint ever holds one.
         """
         self.wait()
         if step in self.steps():
             return
-        sums = [int(x) for x in jax.device_get(checksums(state))]
-        leaves = {name: [*about, checksum] for (name, about), checksum in zip(describe(state).items(), sums)}
+        sums, sound = jax.device_get(checked(state))
+        about = describe(state)
+        for name, finite in zip(about, sound):
+            if not finite:
+                raise CheckpointError(
+                    f"{self.directory / str(step)}: not saved: {name} has values that are not finite; {self._kept()}"
+                )
+        leaves = {name: [*kind, int(checksum)] for (name, kind), checksum in zip(about.items(), sums)}
         meta = {"format": FORMAT, "step": step, "next_step": next_step, "config": config, "leaves": leaves}
         arguments = ocp.args.Composite(
             state=ocp.args.StandardSave(state),
@@ -131,81 +130,115 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
-    def preempted(self, step: int) -> bool:
-        """Whether a run of several processes is about to lose its machines; the same answer on all, once a step."""
-        return self._manager.reached_preemption(step)
-
     def close(self) -> None:
         """Releases Orbax's threads, without a word about saves that failed: `wait` is what tells."""
         with contextlib.suppress(Exception):
             self._manager.close()
 
     def restore(self, like, step: int | None = None) -> Restored:
-        """The checkpoint of a step, verified leaf by leaf.
+        """A checkpoint, verified leaf by leaf.
 
         Args:
             like: a tree of `jax.ShapeDtypeStruct` with shardings (`sharding.abstract_arrays`): what this run's state
-                looks like and where it shall live; the mesh may be another than the one that saved.
-            step: which, default the newest.
+                looks like and where it shall live; the mesh, and the number of processes, may be others than those that
+                saved.
+            step: this one and no other. By default the newest that is intact: damaged ones are set aside.
         Raises:
-            CheckpointError: there is none; it belongs to another configuration; a file of it is missing, truncated or
-                altered. The message says which older step is intact, if one is. Nothing older is ever taken silently.
+            CheckpointError: there is none; it belongs to another configuration; the one that was asked for is damaged,
+                or all are. The message names the leaf or the file.
         """
-        wanted = self.latest() if step is None else step
-        if wanted is None or wanted not in self.steps():
-            which = (
-                "no checkpoint is there" if wanted is None else f"no step {wanted} is there; there are {self.steps()}"
-            )
-            raise CheckpointError(f"{self.directory}: {which}")
-        try:
-            return self._restore(wanted, like)
-        except _Foreign as error:
-            raise CheckpointError(
-                f"{self.directory / str(wanted)}: written with another configuration: {error}; "
-                "go on with that configuration, or use another directory"
-            ) from error
-        except _Damaged as error:
-            raise CheckpointError(
-                f"{self.directory / str(wanted)}: damaged: {error}; {self._advice(wanted, like)}"
-            ) from error
-
-    def _advice(self, damaged: int, like) -> str:
-        for older in reversed([step for step in self.steps() if step < damaged]):
+        there = self.steps()
+        if step is not None and step not in there:
+            raise CheckpointError(f"{self.directory}: no step {step} is there; there are {there}")
+        if self.latest() is None:
+            raise CheckpointError(f"{self.directory}: no checkpoint is there")
+        for candidate in reversed(there) if step is None else [step]:
+            path = self.directory / str(candidate)
             try:
-                self._restore(older, like)
-            except (_Foreign, _Damaged):
-                continue
-            return f"step {older} is intact: delete {self.directory / str(damaged)} to go on from there"
-        return "no older step is intact: delete the directory to begin anew"
+                return self._restore(candidate, like)
+            except _Foreign as error:
+                raise CheckpointError(
+                    f"{path}: written with another configuration: {error}; "
+                    "go on with that configuration, or use another directory"
+                ) from error
+            except _Unreadable as error:
+                raise CheckpointError(
+                    f"{path}: cannot be read: {error}; mend it and run the same command again"
+                ) from error
+            except _Damaged as error:
+                if step is not None:
+                    raise CheckpointError(f"{path}: damaged: {error}") from error
+                self._set_aside(path, str(error))
+        self.latest()  # raises
+        raise AssertionError("a checkpoint that was set aside is there")
+
+    def _steps(self) -> list[int]:
+        # The manager's own list is of what was asked for; saves under way and damaged ones have longer names.
+        return sorted(int(path.name) for path in self.directory.iterdir() if path.name.isdecimal())
+
+    def _damaged(self) -> list[str]:
+        return sorted(path.name for path in self.directory.glob("*.damaged*") if path.is_dir())
+
+    def _set_aside(self, path: Path, reason: str) -> None:
+        """Renames a checkpoint, by process 0; CheckpointError on all processes where that cannot be."""
+        problem = ""
+        if jax.process_index() == 0:
+            names = itertools.chain([f"{path.name}.damaged"], (f"{path.name}.damaged.{n}" for n in itertools.count(2)))
+            aside = next(path.with_name(name) for name in names if not path.with_name(name).exists())
+            try:
+                path.rename(aside)
+                aside.with_name(f"{aside.name}.txt").write_text(f"{reason}\n", encoding="utf-8")
+            except OSError as error:
+                problem = f"{path}: damaged: {reason}; it cannot be set aside: {_brief(error)}"
+            else:
+                self._say(f"{path}: damaged: {reason}; set aside as {aside.name}")
+        if problem := gather(problem)[0]:
+            raise CheckpointError(problem)
+        self._manager.reload()
 
     def _restore(self, step: int, like) -> Restored:
-        meta = self._meta(step)
-        expected = describe(like)
-        stored = {name: [shape, dtype] for name, (shape, dtype, _) in meta["leaves"].items()}
-        for name in [*expected, *stored]:
-            here, there = expected.get(name), stored.get(name)
-            if here != there:
-                raise _Foreign(f"{name} is {_about(there)} there and {_about(here)} here")
+        """Raises the same on all processes, whichever of them met it. Orbax's handlers are called without its manager,
+        which would wait for all processes where one has failed.
+        """
+        meta = state = failure = None
         try:
-            state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))).state
-        except Exception as error:  # Orbax and TensorStore raise all kinds for files that are missing or cut short
-            raise _Damaged(_brief(error)) from error
-        for name, checksum in zip(expected, jax.device_get(checksums(state))):
+            meta = self._meta(step)
+            _require_same_leaves(meta["leaves"], describe(like))
+            state = self._read(ocp.StandardCheckpointHandler, step, "state", ocp.args.StandardRestore(like))
+        except (_Damaged, _Foreign, _Unreadable) as error:
+            failure = error
+        kinds = {kind.__name__: kind for kind in (_Foreign, _Unreadable, _Damaged)}
+        said = gather(json.dumps([type(failure).__name__, str(failure)]) if failure else "")
+        for process, (kind, reason) in enumerate(json.loads(text) if text else ("", "") for text in said):
+            if kind:
+                raise kinds[kind](reason if len(said) == 1 else f"{reason} (on process {process})") from failure
+        for name, checksum in zip(describe(like), jax.device_get(checksums(state))):
             if int(checksum) != meta["leaves"][name][2]:
                 raise _Damaged(f"{name} has other values than those that were saved")
-        return Restored(state, meta["next_step"], meta["config"])
+        return Restored(step, state, meta["next_step"], meta["config"])
 
     def _meta(self, step: int) -> dict:
-        try:
-            meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore())).meta
-            crc32 = meta.pop("crc32")
-        except Exception as error:
-            raise _Damaged(f"its description cannot be read: {_brief(error)}") from error
-        if crc32 != _crc32(meta):
-            raise _Damaged("its description has other values than those that were saved")
+        meta = self._read(ocp.JsonCheckpointHandler, step, "meta", ocp.args.JsonRestore())
+        if not isinstance(meta, dict) or meta.pop("crc32", None) != _crc32(meta):
+            raise _Damaged("its description (meta) has other values than those that were saved")
         if meta["format"] != FORMAT:
             raise _Foreign(f"its format is {meta['format']}, this version reads {FORMAT}")
         return meta
+
+    def _read(self, handler: Callable, step: int, item: str, args) -> Any:
+        reader = handler()
+        try:
+            return reader.restore(epath.Path(self.directory / str(step) / item), args=args)
+        except (MemoryError, PermissionError, jax.errors.JaxRuntimeError) as error:  # not the checkpoint's fault
+            raise _Unreadable(_brief(error)) from error
+        except Exception as error:  # Orbax and TensorStore raise all kinds for files that are missing or cut short
+            raise _Damaged(f"{item}: {_brief(error)}") from error
+        finally:
+            reader.close()
+
+    def _kept(self) -> str:
+        latest = max(self._steps(), default=None)
+        return "no earlier one is there" if latest is None else f"step {latest} is there and complete"
 
     def _saving(self) -> "_Saving":
         return _Saving(self)
@@ -222,20 +255,30 @@ class _Saving:
 
     def __exit__(self, kind, error, trace) -> None:
         if error is not None and isinstance(error, Exception):
-            latest = self._checkpoints.latest()
-            kept = "no earlier one is there" if latest is None else f"step {latest} is there and complete"
             raise CheckpointError(
-                f"{self._checkpoints.directory}: saving a checkpoint failed: {_brief(error)}; {kept}; "
-                "check the disk's free space and run the same command again"
+                f"{self._checkpoints.directory}: saving a checkpoint failed: {_brief(error)}; "
+                f"{self._checkpoints._kept()}; check the disk's free space and run the same command again"
             ) from error
 
 
 class _Damaged(Exception):
-    pass
+    """Its files do not say what was saved."""
 
 
 class _Foreign(Exception):
-    pass
+    """It is the state of something else."""
+
+
+class _Unreadable(Exception):
+    """This process could not read it, which says nothing of its files."""
+
+
+def _require_same_leaves(leaves: dict[str, list], expected: dict[str, list]) -> None:
+    stored = {name: [shape, dtype] for name, (shape, dtype, _) in leaves.items()}
+    for name in [*expected, *stored]:
+        here, there = expected.get(name), stored.get(name)
+        if here != there:
+            raise _Foreign(f"{name} is {_about(there)} there and {_about(here)} here")
 
 
 def _crc32(meta: dict) -> int:

@@ -6,10 +6,8 @@ save.
 """
 
 import contextlib
+import dataclasses
 import json
-import signal
-import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,19 +17,20 @@ import jax
 
 from streamdit_jax import sharding
 from streamdit_jax.errors import DataError, StreamDiTError
+from streamdit_jax.machine import versions
+from streamdit_jax.training.agreement import differences, require_same
 from streamdit_jax.training.checkpoint import Checkpoints
+from streamdit_jax.training.goodput import Clock
 from streamdit_jax.training.metrics import MetricsWriter
 from streamdit_jax.training.objective import Batch, Objective
+from streamdit_jax.training.profiling import Profile
 from streamdit_jax.training.program import make_key, make_program, shapes_of
+from streamdit_jax.training.report import Report
 from streamdit_jax.training.state import TrainState
+from streamdit_jax.training.watch import Watch
 
 # Steps that may be under way at once. Two keep the device busy; more would only hold more batches in its memory.
 IN_FLIGHT = 2
-
-
-class Interrupted(SystemExit):
-    """SIGTERM or Ctrl-C came; the state was saved. Exits with 128 + the signal's number, the usual sign that the work
-    is not done, so that a scheduler starts the same command again."""
 
 
 def run_stage(
@@ -45,6 +44,7 @@ def run_stage(
     batches: Sequence[Batch] = (),
     config_json: Any = None,
     sample_fn: Callable[[int, Any], None] | None = None,
+    watch: Watch | None = None,
     log: Callable[[str], None] = print,
 ) -> TrainState:
     """Trains one stage to its end, from its newest checkpoint if there is one; an interrupted run gives the same bits
@@ -56,7 +56,7 @@ def run_stage(
             keep_checkpoints, abort_after_nonfinite.
         make_batches: first step → an iterator over the batches of that step and the following ones. Each is a dict of
             numpy arrays whose first axis is this process's share of the global batch.
-        workdir: gets `checkpoints/`, `metrics.jsonl` and `tensorboard/`. One directory for each stage.
+        workdir: gets `checkpoints/`, `metrics.jsonl`, `tensorboard/`, and `traces/` on demand; one for each stage.
         seed: of the initialisation and of each step's randomness.
         mesh: from `sharding.make_mesh`; batch and parameters are cut along it.
         batches: a global batch, or its `jax.ShapeDtypeStruct`s, of every shape that make_batches gives, each of which
@@ -64,12 +64,14 @@ def run_stage(
         config_json: the whole configuration, as JSON text or as what `json.loads` gives; stored in each checkpoint.
         sample_fn: called with the steps done and the averaged parameters every `sample_every` steps. They are given
             away with the next step: it must not keep them.
+        watch: over the whole run, where there are more stages than this one.
         log: takes the lines for a person; called by the first process only.
 
     Returns:
         the state after `stage.steps` steps.
     Raises:
-        ConfigError: the batch size does not suit the mesh, or an optimizer's field is impossible.
+        ConfigError: the batch size does not suit the mesh, an optimizer's field is impossible, or processes were given
+            different configurations.
         DataError: the batches end too early, or have a shape that is not expected.
         CheckpointError: a checkpoint is there but cannot be used, or one cannot be saved.
         StreamDiTError: `abort_after_nonfinite` steps in a row had a loss or a gradient that was not finite.
@@ -78,11 +80,14 @@ def run_stage(
     first_process = jax.process_index() == 0
     say = log if first_process else lambda _: None
     config = json.loads(config_json if isinstance(config_json, str) else json.dumps(config_json))
-    program = make_program(objective, stage, mesh)
     workdir = Path(workdir)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_StopRequest())
-        checkpoints = Checkpoints(workdir / "checkpoints", keep=stage.keep_checkpoints)
+        watch = stack.enter_context(Watch()) if watch is None else watch
+        watch.begin(stage.hang_seconds, workdir / "profile")
+        clock = Clock(watch.enter)
+        require_same(_settings(objective, stage, seed, mesh, config))
+        program = make_program(objective, stage, mesh)
+        checkpoints = Checkpoints(workdir / "checkpoints", keep=stage.keep_checkpoints, say=say)
         stack.callback(checkpoints.close)
         start = checkpoints.latest() or 0
 
@@ -92,60 +97,85 @@ def run_stage(
         first_batch = source.ahead if objective.first_batch is None else objective.first_batch
         like = program.abstract_state(key, first_batch)
         if start:
-            state, position, saved_config = checkpoints.restore(like, start)
-            if position != start:  # not so while a step reads one batch; the checkpoint's word counts
+            clock.enter("restore")
+            newest, (start, state, position, saved_config) = start, checkpoints.restore(like)
+            clock.enter("init")
+            if position != newest:  # an older checkpoint than it seemed: the newest was damaged
                 source = _Batches(make_batches, position, stage, mesh, abstract, position + stage.steps - start)
             say(f"{objective.name}: resumed after step {start} of {stage.steps}")
-            for line in _differences(saved_config, config):
-                say(f"{objective.name}: the configuration has changed since: {line}")
+            for field, then, now in differences(saved_config, config):
+                change = f"{field}: {json.dumps(then)} → {json.dumps(now)}"
+                say(f"{objective.name}: the configuration has changed since: {change}")
         else:
             position, state = 0, program.first_state(key, first_batch, like)
         if start >= stage.steps:
+            watch.settle()
             return state
 
         constants = sharding.place(objective.constants, mesh)
-        began = time.perf_counter()
+        clock.enter("compile")
         step = program.compile_steps(like, constants, abstract or [source.ahead], key)
+        seconds = clock.enter("init")
         parameters = sum(x.size for x in jax.tree.leaves(state.params))
-        seconds = time.perf_counter() - began
         shapes = f" for {len(step)} shapes of batch" if len(step) > 1 else ""
         say(
             f"{objective.name}: {parameters:,} parameters on {mesh.size} device(s), compiled{shapes} in {seconds:.1f} s"
         )
 
         writer = stack.enter_context(MetricsWriter(workdir, step=start)) if first_process else None
-        report = _Report(objective.name, stage, start, writer, say)
+        profile = Profile(workdir / "traces", say)
+        stack.callback(profile.close)
+        report = Report(objective.name, stage, start, clock, watch, writer, say)
         in_flight: deque = deque()
+        clock.enter("step")
         for done in range(start + 1, stage.steps + 1):
             state, metrics = step(state, constants, source.ahead, key)
-            report.sent(source.examples)
+            report.sent(source.examples, objective.flops(source.ahead) if objective.flops else 0)
+            clock.enter("data")
             source.fetch()
+            # What the batch took was lost only if the device has done its step meanwhile, and waits.
+            clock.enter("step", hidden=not metrics["loss"].is_ready())
             if in_flight:
                 report.read(*in_flight[-1])
             in_flight.append((done, metrics))
             if len(in_flight) > IN_FLIGHT:
                 _stop_if_lost(objective, stage, *in_flight.popleft())
+            checkpoints.check()
+            profile.boundary(done, watch.take_profile(), lambda: jax.block_until_ready(metrics))  # noqa: B023
 
-            last, stopped = done == stage.steps, stop.reached(checkpoints, done)
+            last, stopped = done == stage.steps, watch.reached(done)
             if last or stopped or done % stage.checkpoint_every == 0:
                 # These steps' lines are in the file before the checkpoint is; and a run that is lost saves nothing.
                 report.read(done, metrics)
                 while in_flight:
                     _stop_if_lost(objective, stage, *in_flight.popleft())
+                clock.enter("checkpoint")
                 checkpoints.save(done, state, next_step=position + done - start, config=config)
-            elif done % stage.log_every == 0:
-                checkpoints.check()
+                clock.enter("step")
             if stopped:
-                checkpoints.wait()
-                name = signal.Signals(stop.signal).name
-                say(f"{objective.name}: stopped by {name} after step {done}, which is saved; the same command goes on")
-                return state  # into Interrupted, see _StopRequest
+                break
             if sample_fn is not None and stage.sample_every and done % stage.sample_every == 0:
-                began = time.perf_counter()
+                clock.enter("sample")
                 sample_fn(done, state.ema_params)
-                report.without(time.perf_counter() - began)
+                clock.enter("step")
+        clock.enter("checkpoint")
         checkpoints.wait()
+        clock.enter("init")
+        report.goodput(done)
+        if stopped:
+            say(
+                f"{objective.name}: stopped by {watch.signal_name()} after step {done}, which is saved; "
+                "the same command goes on"
+            )
+        watch.settle()
         return state
+
+
+def _settings(objective: Objective, stage, seed: int, mesh: jax.sharding.Mesh, config: Any) -> dict[str, Any]:
+    """What all processes must have alike, by the names that a configuration has for it."""
+    given = config if isinstance(config, dict) else {}
+    stages = {**(given.get("training") or {}), objective.name: dataclasses.asdict(stage)}
+    return {**given, "training": stages, "seed": seed, "mesh": dict(mesh.shape), "versions": versions()}
 
 
 class _Batches:
@@ -184,81 +214,6 @@ class _Batches:
         self.examples = max((len(x) for x in jax.tree.leaves(self.ahead) if x.ndim), default=0)
 
 
-class _Report:
-    """Reads metrics when they are due, and tells them to the file and to a person."""
-
-    def __init__(self, name: str, stage, start: int, writer: MetricsWriter | None, say: Callable[[str], None]):
-        self._name, self._stage, self._writer, self._say = name, stage, writer, say
-        self._since, self._time = start, time.perf_counter()
-        self._sent: deque[int] = deque()
-
-    def sent(self, examples: int) -> None:
-        """Counts the examples of the next step; buckets have batches of different sizes."""
-        self._sent.append(examples)
-
-    def without(self, seconds: float) -> None:
-        """Takes time that was not training (sampling) out of the rate."""
-        self._time += seconds
-
-    def read(self, done: int, metrics: dict) -> None:
-        """Of step `done`, if it is to be logged; else nothing leaves the device."""
-        if done % self._stage.log_every and done != self._stage.steps:
-            return
-        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
-        now = time.perf_counter()
-        seconds, steps = max(now - self._time, 1e-9), done - self._since
-        examples = sum(self._sent.popleft() for _ in range(steps))
-        rate = steps / seconds
-        self._since, self._time = done, now
-        values |= {"steps_per_second": rate, "examples_per_second": examples / seconds}
-        if self._writer is not None:
-            self._writer.write(done, values)
-        skipped = f" skipped {values['nonfinite_count']:.0f}" if values["nonfinite_count"] else ""
-        self._say(
-            f"{self._name}: step {done}/{self._stage.steps} loss {values['loss']:.5g} "
-            f"grad_norm {values['grad_norm']:.3g} lr {values['learning_rate']:.3g} {rate:.3g} steps/s "
-            f"{values['examples_per_second']:.4g} examples/s{skipped}"
-        )
-
-
-class _StopRequest:
-    """Whether someone asked the run to stop: SIGTERM (preemption) or Ctrl-C. A second signal is not held back.
-
-    Leaving the block raises Interrupted if so, even where the stage is complete: no stage after it must begin.
-    """
-
-    def __init__(self):
-        self.signal: int | None = None
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "_StopRequest":
-        # Several processes: JAX's own preemption service catches SIGTERM, and stops all of them at the same step.
-        if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, kind, *_) -> None:
-        self._release()
-        if self.signal is not None and kind is None:
-            raise Interrupted(128 + self.signal)
-
-    def _note(self, number: int, _) -> None:
-        self.signal = number
-        self._release()
-
-    def _release(self) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def reached(self, checkpoints: Checkpoints, done: int) -> bool:
-        """At a step boundary; the same answer on every process."""
-        if jax.process_count() > 1 and checkpoints.preempted(done):
-            self.signal = signal.SIGTERM
-        return self.signal is not None
-
-
 def _stop_if_lost(objective: Objective, stage, done: int, metrics: dict) -> None:
     """Raises when too many steps in a row were not finite. Waits for the step, so it is asked of one that is done."""
     in_a_row = int(metrics["nonfinite_in_a_row"])
@@ -267,13 +222,3 @@ def _stop_if_lost(objective: Objective, stage, done: int, metrics: dict) -> None
             f"{objective.name}: loss or gradient was not finite in {in_a_row} steps in a row, up to step {done}; they "
             "were skipped, so checkpoints are sound; lower optimizer.learning_rate, or look for the fault in the data"
         )
-
-
-def _differences(saved: Any, now: Any, path: str = "") -> list[str]:
-    """What differs between two configurations, as "field: then → now"."""
-    if isinstance(saved, dict) and isinstance(now, dict):
-        fields = sorted(saved.keys() | now.keys(), key=str)
-        return [
-            line for f in fields for line in _differences(saved.get(f), now.get(f), f"{path}.{f}" if path else str(f))
-        ]
-    return [] if saved == now else [f"{path or 'all of it'}: {json.dumps(saved)} → {json.dumps(now)}"]

@@ -1,4 +1,4 @@
-"""Metrics on disk: one JSON object a line, and TensorBoard.
+"""Metrics and goodput on disk: one JSON object a line, and TensorBoard.
 
 Both files are written at once and without buffers: metrics come a few times a minute, and when the disk is full, what
 could not be written must not be left to a thread, nor to the end of the process.
@@ -12,6 +12,7 @@ import struct
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from streamdit_jax.errors import StreamDiTError
 
@@ -26,7 +27,7 @@ class MetricsWriter:
         Args:
             directory: is made if it is missing.
             step: steps done so far. What an interrupted run wrote beyond it is dropped, a line torn by a crash too:
-                those steps run again.
+                those steps run again. Lines of goodput stay, for what was lost is part of it.
             tensorboard: whether to write event files (tensorboardX has their format and needs no TensorFlow).
         Raises:
             StreamDiTError: the directory or the file cannot be written.
@@ -35,7 +36,7 @@ class MetricsWriter:
         self._board = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            kept = [line for line in _lines(self.path) if line["step"] <= step]
+            kept = [line for line in _lines(self.path) if "started" in line or line["step"] <= step]
             temporary = self.path.with_suffix(".tmp")
             temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
             temporary.replace(self.path)
@@ -60,6 +61,15 @@ class MetricsWriter:
             _write(self._file, (json.dumps({"step": step, **finite}) + "\n").encode())
             if self._board is not None:
                 self._board.scalars(step, {name: value for name, value in finite.items() if value is not None})
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def write_goodput(self, line: Mapping[str, Any]) -> None:
+        """Adds what this start of the run took so far, with "started" and "step" (see `training.goodput`); TensorBoard
+        is not told. StreamDiTError as for `write`.
+        """
+        try:
+            _write(self._file, (json.dumps(line) + "\n").encode())
         except OSError as error:
             raise self._failure(error) from error
 
@@ -120,8 +130,13 @@ class _EventFile:
 
 
 def read_metrics(directory: str | os.PathLike) -> list[dict]:
-    """All lines of a directory's `metrics.jsonl`, oldest first; none if there is no file."""
-    return _lines(Path(directory) / FILE_NAME)
+    """The metrics of a directory's `metrics.jsonl`, a step a line, oldest first; none if there is no file."""
+    return [line for line in _lines(Path(directory) / FILE_NAME) if "started" not in line]
+
+
+def read_goodput(directory: str | os.PathLike) -> list[dict]:
+    """The lines of goodput of a directory's `metrics.jsonl`, oldest first (see `training.goodput`)."""
+    return [line for line in _lines(Path(directory) / FILE_NAME) if "started" in line]
 
 
 def _lines(path: Path) -> list[dict]:

@@ -1,4 +1,5 @@
-"""The toy objective as a fixture, because test folders are no packages; and a cache, for it is compiled often."""
+"""The toy objective and its harness as fixtures, because test folders are no packages; and a cache, for the toy is
+compiled often."""
 
 import importlib.util
 from pathlib import Path
@@ -6,7 +7,7 @@ from pathlib import Path
 import jax
 import pytest
 
-TOY = Path(__file__).with_name("toy.py")
+HERE = Path(__file__).parent
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -25,9 +26,18 @@ def compilation_cache(tmp_path_factory):
         jax.config.update(name, value)
 
 
-@pytest.fixture(scope="session")
-def toy():
-    spec = importlib.util.spec_from_file_location("toy", TOY)
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, HERE / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def toy():
+    return load("toy")
+
+
+@pytest.fixture(scope="session")
+def harness(compilation_cache):
+    return load("harness")

@@ -4,11 +4,6 @@ import itertools
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -17,14 +12,6 @@ import pytest
 from streamdit_jax.errors import CheckpointError, DataError, StreamDiTError
 from streamdit_jax.training.checkpoint import Checkpoints
 from streamdit_jax.training.metrics import read_metrics
-
-TOY = str(Path(__file__).with_name("toy.py"))
-RATES = ("steps_per_second", "examples_per_second")
-
-
-def facts(workdir):
-    """The metrics without what the clock decides."""
-    return [{k: v for k, v in line.items() if k not in RATES} for line in read_metrics(workdir)]
 
 
 class Stopped(Exception):
@@ -47,40 +34,6 @@ def crash():
     raise Stopped
 
 
-def processes(*commands, timeout=500, **environment):
-    """Runs programs side by side; their CompletedProcess in order."""
-    variables = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
-    started = [
-        subprocess.Popen(
-            [sys.executable, *map(str, command)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={
-                **variables,
-                **{name: value[i] if isinstance(value, list) else value for name, value in environment.items()},
-            },
-        )
-        for i, command in enumerate(commands)
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    return [subprocess.CompletedProcess(p.args, p.returncode, *output) for p, output in zip(started, outputs)]
-
-
-def stored(workdir, like):
-    """The newest checkpoint of a run."""
-    checkpoints = Checkpoints(workdir / "checkpoints")
-    try:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
-        return checkpoints.restore(abstract)
-    finally:
-        checkpoints.close()
-
-
 @pytest.fixture(scope="module")
 def straight(toy, tmp_path_factory):
     """(workdir, final state, log lines) of 12 steps in one piece, with a checkpoint every 5."""
@@ -89,7 +42,7 @@ def straight(toy, tmp_path_factory):
     return workdir, state, lines
 
 
-def test_resume_is_exact(toy, straight, tmp_path):
+def test_resume_is_exact(toy, harness, straight, tmp_path):
     workdir, state, _ = straight
     asked = []
 
@@ -103,30 +56,30 @@ def test_resume_is_exact(toy, straight, tmp_path):
     again = toy.train(tmp_path, 12, make_batches=make_batches)
     assert asked == [0, 5]
     assert toy.bits(again) == toy.bits(state)
-    assert facts(tmp_path) == facts(workdir)
-    assert [line["step"] for line in facts(tmp_path)] == list(range(1, 13))
+    assert harness.facts(tmp_path) == harness.facts(workdir)
+    assert [line["step"] for line in harness.facts(tmp_path)] == list(range(1, 13))
 
 
-def test_checkpoints_and_data_position(toy, straight):
+def test_checkpoints_and_data_position(toy, harness, straight):
     workdir, state, _ = straight
     checkpoints = Checkpoints(workdir / "checkpoints")
     assert checkpoints.steps() == [10, 12]  # of 5, 10 and 12 the newest two
     checkpoints.close()
-    restored = stored(workdir, state)
+    restored = harness.stored(workdir, state)
     assert restored.next_step == 12 and restored.config == {"seed": 3}
     assert toy.bits(restored.state) == toy.bits(state)
 
 
-def test_a_finished_stage_is_given_back_as_it_is(toy, straight):
+def test_a_finished_stage_is_given_back_as_it_is(toy, harness, straight):
     workdir, state, _ = straight
-    before, lines = facts(workdir), []
+    before, lines = harness.facts(workdir), []
     again = toy.train(workdir, 12, make_batches=lambda first: itertools.islice(toy.batches(first), 1), log=lines.append)
-    assert toy.bits(again) == toy.bits(state) and facts(workdir) == before
+    assert toy.bits(again) == toy.bits(state) and harness.facts(workdir) == before
     assert lines[0] == "toy: resumed after step 12 of 12"
 
 
-def test_metrics_are_complete_and_sound(toy, straight):
-    lines = facts(straight[0])
+def test_metrics_are_complete_and_sound(toy, harness, straight):
+    lines = harness.facts(straight[0])
     assert set(lines[0]) == {
         "step", "loss", "grad_norm", "learning_rate", "nonfinite_count", "nonfinite_in_a_row", "mae"
     }  # fmt: skip
@@ -138,15 +91,15 @@ def test_metrics_are_complete_and_sound(toy, straight):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_preemption_saves_and_leaves(toy, straight, tmp_path, number):
+def test_preemption_saves_and_leaves(toy, harness, straight, tmp_path, number):
     handler, lines = signal.getsignal(number), []
     with pytest.raises(SystemExit) as stopped:
         toy.train(tmp_path, 12, make_batches=until(toy, 8, lambda: os.kill(os.getpid(), number)), log=lines.append)
     assert stopped.value.code == 128 + number and signal.getsignal(number) is handler
     assert lines[-1] == f"toy: stopped by {number.name} after step 8, which is saved; the same command goes on"
-    assert stored(tmp_path, straight[1]).next_step == 8
+    assert harness.stored(tmp_path, straight[1]).next_step == 8
     assert toy.bits(toy.train(tmp_path, 12)) == toy.bits(straight[1])
-    assert facts(tmp_path) == facts(straight[0])
+    assert harness.facts(tmp_path) == harness.facts(straight[0])
 
 
 def test_one_compilation_and_no_waiting_for_the_step_just_dispatched(toy, tmp_path):
@@ -266,83 +219,3 @@ def test_a_changed_configuration_is_said(toy, tmp_path):
     lines = []
     toy.train(tmp_path, 4, config_json=config(0.2), log=lines.append)
     assert lines[1] == "toy: the configuration has changed since: training.toy.learning_rate: 0.1 → 0.2"
-
-
-FULL_DISK = """
-import json, resource, runpy, sys
-resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))  # no file grows beyond this, as if the disk were full
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def test_full_disk_is_one_line_and_nothing_is_lost(toy, tmp_path):
-    state = toy.train(tmp_path, 5)
-    (full,) = processes(("-c", FULL_DISK, TOY, tmp_path, 12))
-    assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
-    assert f"CheckpointError: {tmp_path / 'checkpoints'}: saving a checkpoint failed: " in full.stderr
-    assert "step 5 is there and complete" in full.stderr
-    assert toy.bits(stored(tmp_path, state).state) == toy.bits(state)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("file", ["state/manifest.ocdbt", "state/array_metadatas/process_0", "meta/metadata"])
-def test_a_damaged_checkpoint_is_one_line(toy, tmp_path, file):
-    toy.train(tmp_path, 8)
-    path = tmp_path / "checkpoints" / "8" / file
-    path.write_bytes(path.read_bytes()[:40])
-    (done,) = processes((TOY, tmp_path, 12))
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert f"CheckpointError: {tmp_path / 'checkpoints' / '8'}: damaged: " in done.stderr
-    assert done.stderr.endswith(f"step 5 is intact: delete {tmp_path / 'checkpoints' / '8'} to go on from there\n")
-
-
-@pytest.mark.slow
-def test_killed_runs_go_on_exactly(toy, tmp_path):
-    """SIGKILL at unforeseen moments, saves under way included."""
-    fields = json.dumps({"checkpoint_every": 3, "log_every": 1})
-    expected = toy.train(tmp_path / "straight", 60, checkpoint_every=3, log_every=1)
-    rng, kills = np.random.default_rng(0), 0
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "PYTHONPATH": os.getcwd()}
-    while True:
-        run = subprocess.Popen(
-            [sys.executable, TOY, tmp_path / "killed", "60", fields], stdout=subprocess.PIPE, text=True, env=environment
-        )
-        for line in run.stdout:
-            if ": step " in line and kills < 4:
-                time.sleep(rng.uniform(0, 0.4))
-                break
-        else:
-            run.wait()
-            break
-        run.kill()
-        run.wait()
-        kills += 1
-    assert kills == 4 and run.returncode == 0
-    assert toy.bits(stored(tmp_path / "killed", expected).state) == toy.bits(expected)
-    assert facts(tmp_path / "killed") == facts(tmp_path / "straight")
-
-
-@pytest.mark.slow
-def test_several_processes_are_one_run(toy, tmp_path):
-    """2 processes × 2 devices: 5 steps and 5 more are 10, bit for bit; and one device gives the same, to rounding."""
-
-    def cluster():
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            address = f"127.0.0.1:{probe.getsockname()[1]}"
-        return {
-            "TOY_PROCESS": [f"{address},2,{i}" for i in range(2)],
-            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        }
-
-    optimizer = {"learning_rate": 0.01, "decay": "constant", "warmup_steps": 3}
-    for workdir, steps in (("straight", 10), ("resumed", 5), ("resumed", 10)):
-        command = (TOY, tmp_path / workdir, steps, json.dumps({"optimizer": optimizer}))
-        for done in processes(command, command, **cluster()):
-            assert done.returncode == 0, done.stderr
-    alone = toy.train(tmp_path / "alone", 10, optimizer=toy.optimizer(**optimizer))
-    straight, resumed = (stored(tmp_path / name, alone).state for name in ("straight", "resumed"))
-    assert toy.bits(resumed) == toy.bits(straight) and facts(tmp_path / "resumed") == facts(tmp_path / "straight")
-    for ours, theirs in zip(jax.tree.leaves(alone.params), jax.tree.leaves(straight.params)):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)

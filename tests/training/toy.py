@@ -6,7 +6,9 @@ constants, a stacked layer, metrics of its own. Also a program, so that tests ca
 import itertools
 import json
 import os
+import signal
 import sys
+import threading
 import time
 
 import jax
@@ -14,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from streamdit_jax import sharding
-from streamdit_jax.errors import StreamDiTError
+from streamdit_jax.errors import DataError, StreamDiTError
 from streamdit_jax.stages import OptimizerConfig, StageConfig
 from streamdit_jax.training.loop import run_stage
 from streamdit_jax.training.objective import Objective
@@ -98,17 +100,52 @@ def bits(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
+def fault(place, step):
+    """What TOY_FAULT="PLACE:STEP:PROCESS:KIND" asks for, when this process comes there."""
+    wanted = os.environ.get("TOY_FAULT", "").split(":")
+    if wanted[:3] != [place, str(step), str(jax.process_index())]:
+        return
+    if wanted[3] == "deadlock":
+        lock = threading.Lock()
+        lock.acquire()
+        lock.acquire()
+    elif wanted[3] == "error":
+        raise DataError("toy: the batch is gone")
+    else:
+        os.kill(os.getpid(), getattr(signal, wanted[3]))
+        time.sleep(0.1)  # until it acts
+
+
 def slow_batches(first_step):
-    for one in batches(first_step):
+    for step, one in zip(itertools.count(first_step), batches(first_step)):
+        fault("batch", step)
         time.sleep(0.02)
         yield one
+
+
+def slow_loss(*inputs):
+    """Is traced once, for the compiled step: as long as its compilation may take."""
+    if "compile" in os.environ.get("TOY_FAULT", ""):
+        fault("compile", 0)
+        time.sleep(60)
+    return loss(*inputs)
+
+
+def sample(step, params):
+    fault("sample", step)
 
 
 if __name__ == "__main__":
     if "TOY_PROCESS" in os.environ:
         address, count, index = os.environ["TOY_PROCESS"].split(",")
+        jax.config.update("jax_enable_preemption_service", False)  # its handler would take SIGTERM from the watch
         jax.distributed.initialize(
-            address, int(count), int(index), coordinator_bind_address=address, cluster_detection_method=None
+            address,
+            int(count),
+            int(index),
+            coordinator_bind_address=address,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=int(os.environ.get("TOY_HEARTBEAT", "100")),
         )
     fields = json.loads(sys.argv[3] if len(sys.argv) > 3 else "{}")
     if "optimizer" in fields:
@@ -118,6 +155,8 @@ if __name__ == "__main__":
             sys.argv[1],
             int(sys.argv[2]),
             make_batches=slow_batches,
+            loss=slow_loss,
+            sample_fn=sample,
             log=lambda line: print(line, flush=True),
             **fields,
         )
