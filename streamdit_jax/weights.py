@@ -11,10 +11,11 @@ former model whole.
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
@@ -138,3 +139,31 @@ def check_shapes(params: Any, expected: Any, where: str) -> None:
             raise CheckpointError(
                 f"{where}: parameter {key} has shape {tuple(have[key].shape)}, not {tuple(want[key].shape)}"
             )
+
+
+def average(directories: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The mean of the weights of several models of one shape, as Movie Gen averages its fine-tuned ones (§3.3.3): their
+    configuration, the first one's, and the parts.
+
+    Summed in float32; a part that is the same file in all of them is that part. CheckpointError, naming the model,
+    where one has other parts or parameters than the first.
+    """
+    cards = [load_card(directory) for directory in directories]
+    names = sorted(cards[0]["parts"])
+    for directory, card in zip(directories, cards):
+        if (theirs := sorted(card["parts"])) != names:
+            raise CheckpointError(
+                f"{directory}: has the parts {', '.join(theirs)}, but {directories[0]} has {', '.join(names)}"
+            )
+    parts = {}
+    for name in names:
+        total = load_part(directories[0], cards[0], name)
+        if len({card["parts"][name]["sha256"] for card in cards}) > 1:
+            total = jax.tree.map(lambda x: x.astype(np.float32), total)
+            for directory, card in zip(directories[1:], cards[1:]):
+                other = load_part(directory, card, name)
+                check_shapes(other, total, f"{directory}: {name}")
+                total = jax.tree.map(lambda t, x: t + x.astype(np.float32), total, other)
+            total = jax.tree.map(lambda x: x / np.float32(len(cards)), total)
+        parts[name] = total
+    return cards[0]["config"], parts

@@ -150,3 +150,23 @@ def test_ramping_examples_hide_the_tail_and_visit_ramp_levels():
 def test_bad_mixtures_name_the_mistake(entries, options, message):
     with pytest.raises(ValueError, match=message):
         mixture([(PartitionScheme.parse(spelling), weight) for spelling, weight in entries], **options)
+
+
+def test_plain_text_to_video_draws_logit_normal_levels_and_no_other_scheme_does():
+    """Movie Gen §3.1.2: the logit of t is a standard normal. Same keys: other schemes draw the same bits."""
+    plain, extension, chunks = (PartitionScheme.parse(x) for x in ("N1c16s1", "K8N1c8s1", "N8c2s1"))
+    key, entries = jax.random.key(0), [(plain, 1), (extension, 1), (chunks, 1)]
+    before, after = (draw_levels(key, mixture(entries, logit_normal=flag), 6000) for flag in (False, True))
+    assert np.array_equal(before.scored, after.scored)
+    of_plain = np.array([len(np.unique(row)) == 1 for row in np.asarray(before.levels)])
+    assert 1800 < of_plain.sum() < 2200 and np.array_equal(before.levels[~of_plain], after.levels[~of_plain])
+
+    uniform, drawn = (np.sort(np.asarray(x.levels)[of_plain, 0]) for x in (before, after))
+    logits = np.log(drawn / (1 - drawn))
+    # Quantiles of N(0, 1); five standard errors of the middle ones, of 2000 draws, are 0.16.
+    for share, quantile in ((0.1, -1.2816), (0.25, -0.6745), (0.5, 0.0), (0.75, 0.6745), (0.9, 1.2816)):
+        assert abs(np.quantile(logits, share) - quantile) < 0.2
+        assert abs(np.quantile(uniform, share) - share) < 0.06
+    shares = mixture([(chunks, 1)], uniform_share=1.0, logit_normal=True)
+    drawn = np.asarray(draw_levels(key, shares, 4000).levels)
+    assert np.array_equal(drawn[:, 0], drawn[:, 15]) and abs(np.mean((drawn > 0.25) & (drawn < 0.75)) - 0.728) < 0.04

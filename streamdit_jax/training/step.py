@@ -53,9 +53,13 @@ def make_train_step(
         ValueError: while tracing, if the objective returns a metric under one of these names.
     """
 
+    def differentiate(params, constants, batch: Batch, key):
+        values, gradient = jax.value_and_grad(objective.loss, has_aux=True)(params, constants, batch, key)
+        # A gradient lies where its parameter lies; without a word, whole copies could be kept and updated everywhere.
+        return values, sharding.constrain_parameters(gradient)
+
     def train_step(state: TrainState, constants, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         step_key = jax.random.fold_in(key, state.step)
-        differentiate = jax.value_and_grad(objective.loss, has_aux=True)
         if accumulate == 1:
             (loss, extra), gradient = differentiate(state.params, constants, batch, step_key)
         else:
@@ -109,14 +113,17 @@ def _accumulated(differentiate, params, constants, batch: Batch, key: jax.Array,
         strided = jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0)
         return sharding.constrain(strided, None, "batch", *[None] * (leaf.ndim - 1))
 
+    def alike(gradient):
+        # A gradient lies where its parameter lies; without a word, a whole copy could be kept on every device.
+        return jax.tree.map(lambda g, p: shard_alike(g.astype(jnp.float32), p)[0], gradient, params)
+
     def add(total, numbered):
         number, part = numbered
-        result = differentiate(params, constants, part, jax.random.fold_in(key, number))
-        # A sum lies where the parameter's own gradient lies; without a word, a whole copy could be kept everywhere.
-        return jax.tree.map(lambda t, new: t + shard_alike(new.astype(jnp.float32), t)[0], total, result), None
+        values, gradient = differentiate(params, constants, part, jax.random.fold_in(key, number))
+        return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, (values, alike(gradient))), None
 
-    like = jax.eval_shape(differentiate, params, constants, jax.tree.map(lambda x: cut(x)[0], batch), key)
-    zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
-    (values, gradient), _ = jax.lax.scan(add, zero, (jnp.arange(parts), jax.tree.map(cut, batch)))
-    mean = jax.tree.map(lambda x: x / parts, (values, gradient))
-    return mean[0], jax.tree.map(lambda g, p: g.astype(p.dtype), mean[1], params)
+    values, gradient = jax.eval_shape(differentiate, params, constants, jax.tree.map(lambda x: cut(x)[0], batch), key)
+    values, gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (values, gradient))
+    total, _ = jax.lax.scan(add, (values, alike(gradient)), (jnp.arange(parts), jax.tree.map(cut, batch)))
+    values, gradient = jax.tree.map(lambda x: x / parts, total)
+    return values, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)

@@ -5,7 +5,7 @@ once.
 import numpy as np
 import pytest
 
-from streamdit_jax.data.input_pipeline import global_index, make_batches
+from streamdit_jax.data.input_pipeline import BucketedBatches, global_index, make_batches
 from streamdit_jax.data.records import write_records
 from streamdit_jax.errors import DataError
 
@@ -151,3 +151,40 @@ def test_a_caption_that_does_not_fit_and_a_damaged_clip_reach_the_caller_as_data
     file.write_bytes(data)
     with pytest.raises(DataError, match="is damaged"):
         take(long, 40, num_frames=2, tokenize=None, prefetch=prefetch)
+
+
+SHARES = {"main": 0.5, "images": 0.3, "tall": 0.2}
+
+
+def bucketed(records, steps, first_step=0, seed=3, **options):
+    shapes = {"main": (4, 5), "images": (6, 1), "tall": (2, 3)}
+
+    def open_bucket(name, first):
+        rows, frames = shapes[name]
+        options_of = {"seed": seed, "tokenize": tokenize, "prefetch": 0} | options
+        return make_batches(records, batch_size=rows, num_frames=frames, first_step=first, **options_of)
+
+    batches = BucketedBatches(open_bucket, SHARES, seed=seed, first_step=first_step)
+    result = [next(batches) for _ in range(steps)]
+    assert batches.next_step == first_step + steps
+    batches.close()
+    return result
+
+
+def test_a_bucket_is_drawn_for_each_step_and_walks_through_its_own_data(records):
+    batches = bucketed(records, 60)
+    frames = [batch["video"].shape[1] for batch in batches]
+    # Of 60 draws with shares 0.5, 0.3 and 0.2, four standard deviations are 15.5, 14.2 and 12.4.
+    for length, expected, most in ((5, 30, 15.5), (1, 18, 14.2), (3, 12, 12.4)):
+        assert abs(frames.count(length) - expected) < most
+    images = [batch for batch in batches if batch["video"].shape[1] == 1]
+    assert_same(images, take(records, len(images), batch_size=6, num_frames=1))
+
+
+def test_buckets_resume_by_one_integer_and_agree_on_all_processes(records):
+    straight = bucketed(records, 30)
+    for start in (1, 13):
+        assert_same(straight[start:], bucketed(records, 30 - start, first_step=start))
+    parts = [bucketed(records, 30, process_index=i, process_count=2) for i in range(2)]
+    assert_same(straight, [{k: np.concatenate([p[n][k] for p in parts]) for k in straight[n]} for n in range(30)])
+    assert [b["video"].shape for b in straight] != [b["video"].shape for b in bucketed(records, 30, seed=4)]
