@@ -116,8 +116,9 @@ def _sent(one: Instruction, types: dict[str, str]) -> tuple[int, int]:
         names = re.findall(r"%([\w.\-]+)", one.operands)
         given = [size for name in names for size in bytes_of(types.get(name, ""))]
     got = bytes_of(one.type)
-    starts = one.opcode.endswith("-start") and len(got) > len(given)  # its type is (operands, results, context)
-    return sum(given), sum(got) - (sum(given) if starts else 0)
+    if one.opcode.endswith("-start") and len(got) > len(given):  # (operands, results, context)
+        got = got[len(given) : 2 * len(given)]
+    return sum(given), sum(got)
 
 
 def collectives(hlo: str, mesh_shape: dict[str, int]) -> Counter:

@@ -133,7 +133,7 @@ def _gpus(kind: str, spelling: str, sizes: list[int], slices: int) -> Topology:
     if count > GPUS_PER_HOST and count % GPUS_PER_HOST:
         raise ConfigError(f"--topology: {count} GPUs do not fill hosts of {GPUS_PER_HOST}; give a multiple")
     if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (13, 12)):
-        raise ConfigError(f"--topology: {kind} needs JAX's CUDA plugin: pip install 'streamdit_jax[plan-gpu]'")
+        raise ConfigError(f"--topology: {kind} needs JAX's CUDA plugin: pip install 'streamdit_jax[plan]'")
     hosts = math.ceil(count / GPUS_PER_HOST)
     description = topologies.get_topology_desc(
         platform="cuda", target_config=CHIPS[kind].target, topology=f"1x{hosts}x{count // hosts}"
@@ -147,7 +147,7 @@ def _tpus(kind: str, spelling: str, sizes: list[int], slices: int) -> Topology:
         example = "x".join(["4"] * axes)
         raise ConfigError(f"--topology: {kind} has shapes of {axes} axes, as {kind}:{example}; not {spelling}")
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError(f"--topology: {kind} needs libtpu: pip install 'streamdit_jax[plan-tpu]'")
+        raise ConfigError(f"--topology: {kind} needs libtpu: pip install 'streamdit_jax[plan]'")
     for name, value in _WITHOUT_TPU.items():
         os.environ.setdefault(name, value)
     # A host has 2×2 chips along the first two axes; a smaller slice is one host.
