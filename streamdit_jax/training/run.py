@@ -39,6 +39,7 @@ from streamdit_jax.training.flow_matching import flow_matching, lengthen, max_to
 from streamdit_jax.training.loop import run_stage
 from streamdit_jax.training.objective import Objective
 from streamdit_jax.training.text_alignment import text_alignment
+from streamdit_jax.training.watch import Watch
 
 INITIAL_CLIPS = 192
 STATISTICS_CLIPS = 256
@@ -85,7 +86,7 @@ def open_source(config: Config, workdir: Path, log=print) -> records.Records:
 
 
 def encode_records(config: Config, tae_params: Any, source: records.Records, out: Path, log=print) -> records.Records:
-    """The clips of `source` as latents in `out`, made once, each process its share. `out` must not hold something else."""
+    """The clips of `source` as latents in `out`, made once, by all processes. `out` must not hold something else."""
     if _is_missing(out):
         log(f"encoding {len(source)} clips to latents")
         apply = jax.jit(lambda params, clips: TAE(config.tae).apply({"params": params}, clips, method=TAE.encode)[0])
@@ -118,12 +119,20 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
     """Runs the configuration's stages and returns the directory of the finished model.
 
     Raises ConfigError before any device work for stages that the data cannot feed, DataError for the data,
-    CheckpointError for checkpoints that do not fit or are damaged.
+    CheckpointError for checkpoints that do not fit or are damaged. SIGTERM and Ctrl-C: see `training.watch`.
     """
     workdir, stages = Path(workdir), config.training
     if all(getattr(stages, field.name) is None for field in dataclasses.fields(stages)):
         names = ", ".join(field.name for field in dataclasses.fields(stages))
         raise ConfigError(f"training: has no stage; give one of {names}")
+    with Watch() as watch:
+        agreement.require_same({**json.loads(config.to_json()), "versions": versions()})
+        return _train(config, workdir, command, watch, log)
+
+
+def _train(config: Config, workdir: Path, command: str, watch: Watch, log) -> Path:
+    stages = config.training
+    _require_models(config)
     mesh = sharding.make_mesh(dataclasses.asdict(config.mesh))
     source = open_source(config, workdir, log)
     model = workdir / "model"
@@ -140,7 +149,9 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
         objective = _from_many_clips(
             autoencoder(config.tae, stages.autoencoder.objective, config.dit.compute_dtype), config, source
         )
-        state, facts = _run(config, "autoencoder", stages.autoencoder, objective, source, workdir, mesh, None, log)
+        state, facts = _run(
+            config, "autoencoder", stages.autoencoder, objective, source, workdir, mesh, None, watch, log
+        )
         tae = distributed.gather(state.ema_params["tae"])
         videos = (source[int(index)]["video"][None] for index in _spread(len(source), STATISTICS_CLIPS))
         tae = latent_statistics(tae, videos, config.tae)
@@ -163,7 +174,7 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
         else:
             objective = _started(config, parts) if name == "flow_matching" else _distilled(config, parts)
             sample = _sampler(config, parts, workdir / name) if "tae" in parts else None
-        state, facts = _run(config, name, stage, objective, latents, workdir, mesh, sample, log)
+        state, facts = _run(config, name, stage, objective, latents, workdir, mesh, sample, watch, log)
         parts |= {part: distributed.gather(tree) for part, tree in state.ema_params.items() if part != "head"}
         card["stages"][name] = facts
         _save(model, config, parts, card)
@@ -224,6 +235,19 @@ def _distilled(config: Config, parts: dict) -> Objective:
     return distillation(config, config.training.distillation, teacher)
 
 
+def _require_models(config: Config) -> None:
+    """ConfigError where a model that the run starts from is not there: said before any data are made."""
+    flow, student = config.training.flow_matching, config.training.distillation
+    named = {"data.autoencoder": config.data.autoencoder}
+    if flow is not None:
+        named |= {f"training.flow_matching.{field}": getattr(flow, field) for field in ("start_from", "text_from")}
+    if student is not None:
+        named["training.distillation.teacher"] = student.teacher
+    for field, name in named.items():
+        if name:
+            _named_model(field, name)
+
+
 def _named_model(field: str, name: str) -> Path:
     """The directory of the model that a field names. ConfigError, naming the field, where there is none."""
     try:
@@ -282,7 +306,7 @@ def _save(model: Path, config: Config, parts: dict, card: dict) -> None:
         weights.save_model(model, json.loads(config.to_json()), parts, card)
 
 
-def _run(config, name: str, stage: StageConfig, objective, source, workdir, mesh, sample_fn, log):
+def _run(config, name: str, stage: StageConfig, objective, source, workdir, mesh, sample_fn, watch, log):
     """One stage through the loop; its state, and the facts of it for the model's card."""
     began = time.monotonic()
     state = run_stage(
@@ -295,6 +319,7 @@ def _run(config, name: str, stage: StageConfig, objective, source, workdir, mesh
         batches=tuple(abstract_batches(config, name).values()),
         config_json=json.loads(config.to_json()),
         sample_fn=sample_fn,
+        watch=watch,
         log=log,
     )
     facts = {
