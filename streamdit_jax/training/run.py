@@ -111,7 +111,7 @@ def _digest(params: Any) -> str:
     """Of an autoencoder's parameters: latents of another one are not gone on with."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(params):
-        digest.update(np.ascontiguousarray(leaf))
+        digest.update(np.asarray(leaf).tobytes())
     return digest.hexdigest()[:16]
 
 
