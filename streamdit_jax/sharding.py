@@ -177,6 +177,20 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     )
 
 
+def constrain_parameters(tree):
+    """A tree of parameters or gradients as it is, laid on the mesh of the context as `RULES` lay parameters."""
+    mesh = _context()
+    if mesh is None:
+        return tree
+
+    def lay(path, leaf):
+        name = path_name(path)
+        spec = partition_spec(logical_axes(name, leaf.ndim), leaf.shape, mesh, name)
+        return jax.lax.with_sharding_constraint(leaf, spec)
+
+    return jax.tree_util.tree_map_with_path(lay, tree)
+
+
 def map_shards(
     function: Callable,
     arrays: Sequence[jax.Array],
@@ -316,9 +330,8 @@ def _divisors(shape: tuple[int, ...], axes: tuple[str | None, ...], cutting: Map
     for size, axis in zip(shape, axes):
         for target in TABLE[axis] if axis else ():
             divisors = [n for n in range(2, cutting.get(target, 1) + 1) if size % n == 0]
-            fits.append(f"{target} {' or '.join(map(str, divisors))}" if divisors else "")
-    fits = [fit for fit in fits if fit]
-    return f" (divided by {', '.join(fits)})" if fits else " (no rule and size cuts it)"
+            fits += [f"{target} = {' or '.join(map(str, divisors))}"] if divisors else []
+    return f" (cut by {', '.join(fits)})" if fits else " (cut by no size of these)"
 
 
 def replicated(mesh: jax.sharding.Mesh) -> NamedSharding:

@@ -1,5 +1,6 @@
 """Meshes, rules and the table; and law 5: sharded equals single-device, and large parameters are really cut."""
 
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
@@ -19,9 +21,9 @@ from streamdit_jax.errors import ConfigError
 HERE = Path(__file__).parent
 
 
-def mesh(data=1, fsdp=1, tensor=1):
+def mesh(data=1, fsdp=1, window=1, tensor=1):
     """A mesh without devices: enough to decide where things go."""
-    return AbstractMesh((data, fsdp, tensor), sharding.MESH_AXES)
+    return AbstractMesh((data, fsdp, window, tensor), sharding.MESH_AXES)
 
 
 def spec(name, shape, mesh):
@@ -33,19 +35,21 @@ def spec(name, shape, mesh):
 
 def test_one_device_needs_no_configuration():
     one = sharding.make_mesh(devices=jax.devices()[:1])
-    assert dict(one.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(one.shape) == {"data": 1, "fsdp": 1, "window": 1, "tensor": 1}
     assert spec("dit/blocks/feed_forward/up/kernel", (4, 64, 256), one) == PartitionSpec(None, None, None)
 
 
 @pytest.mark.parametrize(
     "axes, complaint",
     [
-        ({"model": 2}, r"^mesh\.model: unknown axis; use data, fsdp, tensor"),
+        ({"model": 2}, r"^mesh\.model: unknown axis; use data, fsdp, window, tensor"),
         ({"data": 0}, r"^mesh\.data: 0 is not a size"),
         ({"data": 1.0}, r"^mesh\.data: 1\.0 is not a size"),
         ({"data": -1, "fsdp": -1}, r"^mesh\.fsdp: only one axis may be -1, and mesh\.data is already"),
         ({"data": 2, "fsdp": 4}, r"^mesh: data 2 × fsdp 4 does not fit 1 device\(s\)"),
         ({"data": -1, "fsdp": 4}, r"^mesh: data -1 × fsdp 4 does not fit 1 device\(s\)"),
+        ({"data": 1, "slices": 2}, r"^mesh\.slices: 2 slices do not divide a data axis of 1; make it a multiple"),
+        ({"slices": 0}, r"^mesh\.slices: 0 is not a count of slices"),
     ],
 )
 def test_impossible_meshes_are_named(axes, complaint):
@@ -56,9 +60,12 @@ def test_impossible_meshes_are_named(axes, complaint):
 @pytest.mark.parametrize(
     "name, shape, expected",
     [
-        ("dit/patch_embedding/kernel", (32, 256), ("fsdp", "tensor")),
+        ("dit/patch_embedding/kernel", (32, 256), (None, "fsdp")),
+        ("dit/velocity/kernel", (256, 32), ("fsdp", None)),
+        ("dit/time_projection/kernel", (256, 1536), ("fsdp", "tensor")),
         ("dit/blocks/self_attention/qkv/kernel", (6, 256, 768), (None, "fsdp", "tensor")),
         ("dit/blocks/self_attention/out/kernel", (6, 256, 256), (None, "tensor", "fsdp")),
+        ("dit/blocks/0/self_attention/out/kernel", (256, 256), ("tensor", "fsdp")),
         ("dit/blocks/cross_attention/key_value/kernel", (6, 256, 512), (None, "fsdp", "tensor")),
         ("dit/blocks/feed_forward/up/kernel", (6, 256, 1024), (None, "fsdp", "tensor")),
         ("dit/blocks/feed_forward/down/kernel", (6, 1024, 256), (None, "tensor", "fsdp")),
@@ -74,7 +81,7 @@ def test_impossible_meshes_are_named(axes, complaint):
     ],
 )
 def test_where_parameters_go(name, shape, expected):
-    cut = mesh(data=2, fsdp=4, tensor=2)
+    cut = mesh(data=2, fsdp=4, window=2, tensor=2)
     assert spec(name, shape, cut) == PartitionSpec(*expected)
     for prefix in ("params", "ema_params", "opt_state/1/0/mu"):  # all that belongs to a parameter lies with it
         assert spec(f"{prefix}/{name}", shape, cut) == PartitionSpec(*expected)
@@ -106,6 +113,69 @@ def test_colliding_axes_raise():
         sharding.partition_spec(("heads",), (8,), mesh(), "x", table)
 
 
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A device of a machine that is not there: enough to arrange a mesh."""
+
+    id: int
+    slice_index: int
+    process_index: int = 0
+    platform: str = "gpu"
+    device_kind: str = "described"
+
+
+def slices_of(axes, chips):
+    """The arranged devices' slices, in the shape of the mesh."""
+    *shape, slices = axes
+    return np.vectorize(lambda chip: chip.slice_index)(sharding._arrange(tuple(shape), slices, chips))
+
+
+def test_only_the_outermost_part_of_data_goes_over_slices():
+    chips = [Chip(id=n, slice_index=n % 2) for n in range(16)]  # listed as a cluster may list them: in turns
+    lie = slices_of((4, 2, 1, 2, 2), chips)
+    assert lie.shape == (4, 2, 1, 2) and np.all(lie[:2] == 0) and np.all(lie[2:] == 1)
+    unknown = [Chip(id=n, slice_index=0) for n in range(16)]  # no one says where they are: those listed together
+    placed = sharding._arrange((4, 2, 1, 2), 2, unknown)
+    assert [chip.id for chip in placed[:2].ravel()] == list(range(8))
+    with pytest.raises(ConfigError, match=r"^mesh\.slices: 4, but the devices lie in 2 slices"):
+        slices_of((4, 2, 1, 2, 4), chips)
+
+
+def kernels(**sizes):
+    return {
+        name.replace("__", "/"): {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)} for name, shape in sizes.items()
+    }
+
+
+def test_parameters_that_stay_whole_are_refused_by_name():
+    model = kernels(dit__up=(4096, 4096), dit__down=(3000, 1000))
+    sharding.require_cut(model, mesh(fsdp=8, tensor=4), "mesh")
+    sharding.require_cut(model, mesh(data=7), "mesh")  # nothing was to be cut
+    with pytest.raises(
+        ConfigError,
+        match=r"^mesh: fsdp 16 leaves 15% of the parameters whole on every device; the largest: "
+        r"dit/down/kernel \[3000, 1000\] \(cut by fsdp = 2 or 4 or 5 or 8 or 10\)$",
+    ):
+        sharding.require_cut(model, mesh(fsdp=16), "mesh")
+    model["dit/position"] = {"table": jax.ShapeDtypeStruct((4096, 512), jnp.float32)}
+    with pytest.raises(ConfigError, match=r"the largest: dit/position/table \[4096, 512\] \(cut by no size of these\)"):
+        sharding.require_cut(model, mesh(fsdp=8), "mesh")
+    sharding.require_cut(kernels(dit__up=(250, 250)), mesh(fsdp=4), "mesh")  # too small to matter
+
+
+def test_a_function_sees_the_mesh_only_where_it_is_told_to():
+    one = sharding.make_mesh(devices=jax.devices()[:1])
+    x = jnp.ones((4, 4))
+
+    def lowered():
+        return jax.jit(lambda x: sharding.constrain(x, "batch", None) * sharding.parts("tokens")).lower(x).as_text()
+
+    outside = lowered()
+    with sharding.on(one):
+        assert lowered() == outside and "sharding" not in outside
+    assert sharding.map_shards(jnp.sin, (x,), (("batch", None),), ("batch", None)).shape == x.shape
+
+
 @pytest.mark.parametrize("config", sorted(path.name for path in (HERE.parent / "configs").glob("*.py")))
 def test_every_configuration_is_cut_nearly_evenly(config):
     """No device holds much more than its share; what lies whole are biases, tables and the smallest kernels."""
@@ -114,13 +184,14 @@ def test_every_configuration_is_cut_nearly_evenly(config):
 
     model = from_arguments([f"--config={HERE.parent / 'configs' / config}"])
     shapes = jax.eval_shape(lambda key: initialise(model, key), jax.random.key(0))
-    cut = mesh(fsdp=16, tensor=4) if config == "streamdit_4b.py" else mesh(fsdp=2, tensor=2)
+    cut = mesh(fsdp=16, tensor=4) if config.startswith("streamdit_4b") else mesh(fsdp=2, tensor=2)
     total, held = 0, 0
     for leaf, where in zip(jax.tree.leaves(shapes), jax.tree.leaves(sharding.param_shardings(shapes, cut))):
         total += math.prod(leaf.shape)
         held += math.prod(where.shard_shape(leaf.shape))
+    sharding.require_cut(shapes, cut, "mesh")
     devices = math.prod(cut.shape.values())
-    assert held * devices < (1.1 if config == "streamdit_4b.py" else 1.5) * total
+    assert held * devices < (1.1 if config.startswith("streamdit_4b") else 1.5) * total
 
 
 ON_EIGHT = """

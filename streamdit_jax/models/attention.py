@@ -52,7 +52,7 @@ class HeadProjections(nn.Module):
         if parts("heads") == 1:
             out = (x @ kernel + bias).reshape(*x.shape[:2], count, width)
         else:
-            kernel = constrain(kernel.reshape(-1, count, width), None, None, "heads")
+            kernel = constrain(kernel.reshape(-1, count, width), "embed", None, "heads")
             out = jnp.einsum("bsi,inw->bsnw", x, kernel) + constrain(bias.reshape(count, width), None, "heads")
         return rearrange(out, "b s n (heads dim) -> n b s heads dim", heads=self.num_heads)
 
