@@ -71,7 +71,7 @@ def _encode(arguments) -> int:
     report = encode.encode(
         arguments.source,
         arguments.out,
-        lambda clips: np.asarray(pipeline.encode_video(clips)),
+        lambda clips: np.asarray(pipeline.encode_video(distributed.over_local_devices(clips))),
         height=data.height,
         width=data.width,
         frame_rate=data.frame_rate,

@@ -18,6 +18,7 @@ that a variable that is missing is named.
 
 import dataclasses
 import ipaddress
+import math
 import os
 import re
 import socket
@@ -164,6 +165,17 @@ def from_first(tree: Any) -> Any:
     if jax.process_count() > 1:
         tree = multihost_utils.broadcast_one_to_all(tree)
     return jax.tree.map(np.asarray, tree)
+
+
+def over_local_devices(batch: Any) -> Any:
+    """A batch of this process alone → an array cut along its first axis over as many of its devices as divide it."""
+    import jax
+
+    from streamdit_jax import sharding
+
+    devices = jax.local_devices()
+    mesh = sharding.make_mesh(devices=devices[: math.gcd(len(batch), len(devices))])
+    return jax.device_put(batch, sharding.batch_sharding(mesh))
 
 
 def bind_address(coordinator: str, address: str) -> str:

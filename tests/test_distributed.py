@@ -174,6 +174,9 @@ gathered = distributed.gather({"cut": cut, "own": np.float32(cluster.process)})
 first = distributed.from_first({"x": np.float32(10 + cluster.process)})
 sockets = [line.split() for table in ("tcp", "tcp6") for line in open(f"/proc/net/{table}").readlines()[1:]]
 ports = [fields[1] for fields in sockets if fields[3] == "0A"]
+spread = distributed.over_local_devices(np.arange(6.0))
+assert len(spread.sharding.device_set) == 2 and spread.is_fully_addressable and spread.sum() == 15
+assert len(distributed.over_local_devices(np.arange(3.0)).sharding.device_set) == 1
 print(json.dumps([len(jax.devices()), gathered["cut"].tolist(), float(gathered["own"]), float(first["x"]), ports]))
 distributed.leave(6 + cluster.process)
 """

@@ -93,7 +93,7 @@ def encode_records(config: Config, tae_params: Any, source: records.Records, out
         encode.encode(
             source.directory,
             out,
-            lambda clips: np.asarray(apply(tae_params, clips)),
+            lambda clips: np.asarray(apply(tae_params, distributed.over_local_devices(clips))),
             batch_size=ENCODE_BATCH,
             metadata={"autoencoder": _digest(tae_params)},
             process_index=jax.process_index(),
