@@ -19,8 +19,8 @@ HLO = """HloModule jit_step, is_scheduled=true, num_partitions=8
 %body (carry: (s32[], bf16[8,16])) -> (s32[], bf16[8,16]) {
   %carry = (s32[], bf16[8,16]{1,0:T(8,128)(2,1)}) parameter(0)
   %x = bf16[8,16]{1,0:T(8,128)(2,1)} get-tuple-element(%carry), index=1
-  %whole = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%x), channel_id=1, replica_groups=[2,4]<=[8], dimensions={0}
-  %start = (bf16[8,16]{1,0}, bf16[8,16]{1,0}, u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,4},{4,0}}
+  %whole = bf16[32,16]{1,0:T(8,128)(2,1)S(1)} all-gather(%x), replica_groups=[2,4]<=[8]
+  %start = (bf16[8,16], bf16[8,16], u32[], u32[]) collective-permute-start(%x), source_target_pairs={{0,4},{4,0}}
   %done = bf16[8,16]{1,0} collective-permute-done(%start)
   ROOT %out = (s32[], bf16[8,16]) tuple(%i, %done)
 }
@@ -42,14 +42,14 @@ HLO = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %wrapped (z: f32[16]) -> f32[4] {
   %z = f32[16]{0} parameter(0)
-  ROOT %scattered = f32[4]{0} reduce-scatter(f32[16]{0} %z), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}, to_apply=%add
+  ROOT %scattered = f32[4]{0} reduce-scatter(f32[16]{0} %z), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add
 }
 
 ENTRY %main (p: bf16[8,16], q: f32[16]) -> f32[4] {
   %p = bf16[8,16]{1,0} parameter(0)
   %q = f32[16]{0} parameter(1)
   %init = (s32[], bf16[8,16]) tuple(%zero, %p)
-  %known = (s32[], bf16[8,16]) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %known = (s32[], bf16[8]) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %unknown = (s32[], bf16[8,16]) while(%known), condition=%condition, body=%body
   %begun = ((f32[16]), f32[4], u32[]) async-start(%q), calls=%wrapped
   %ended = f32[4]{0} async-done(%begun), calls=%wrapped
@@ -62,7 +62,11 @@ def test_counts_and_bytes_through_loops_branches_and_pairs():
     turns = 3 + 5  # the trip count that XLA names, and the constant of the other loop's condition
     found = summary(collectives(HLO, MESH))
     assert found == {
-        "all-gather": {"count": turns, "bytes": turns * 1024, "axes": {"fsdp": {"count": turns, "bytes": turns * 1024}}},
+        "all-gather": {
+            "count": turns,
+            "bytes": turns * 1024,
+            "axes": {"fsdp": {"count": turns, "bytes": turns * 1024}},
+        },
         "collective-permute": {
             "count": turns,
             "bytes": turns * 256,

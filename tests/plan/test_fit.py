@@ -52,9 +52,13 @@ def test_one_example_alone_asks_for_window_or_tensor():
 
 
 def test_a_stream_that_does_not_fit():
-    stream = {name: value for name, value in TRAIN.items() if name not in ("stage", "batch_size", "accumulate", "remat")}
+    stream = {
+        name: value for name, value in TRAIN.items() if name not in ("stage", "batch_size", "accumulate", "remat")
+    }
     stream |= {"what": "stream", "precision": "float32"}
-    with pytest.raises(ConfigError, match=r"^the streaming step does not fit .* try --precision=bfloat16, or a larger mesh\.w"):
+    with pytest.raises(
+        ConfigError, match=r"^the streaming step does not fit .* try --precision=bfloat16, or a larger mesh\.w"
+    ):
         require_fit(stream, 0.95)
 
 
@@ -62,13 +66,13 @@ def test_a_stream_that_does_not_fit():
     "message, named",
     [
         (
-            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.56T) exceeds "
-            "available HBM (95.74G).",
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (2.56T) "
+            "exceeds available HBM (95.74G).",
             {"temporary_bytes_per_device": int(2.56 * 2**40)},
         ),
         (
-            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.50G of "
-            "15.75G hbm. Exceeded hbm capacity by 1.75G.",
+            "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 17.50G "
+            "of 15.75G hbm. Exceeded hbm capacity by 1.75G.",
             {"used_bytes_per_device": int(17.5 * GIB)},
         ),
         ("RESOURCE_EXHAUSTED: something else", {}),
