@@ -15,7 +15,7 @@ FLOORS = [
     {"models", "stream", "config", "stages", "steering", "video_input", "endless", "flops"},
     {"pipeline", "live", "distill"},
     {"training", "serving"},
-    {"evaluation", "bench"},
+    {"evaluation", "bench", "plan"},
     {"cli_stream"},
     {"cli"},
 ]
