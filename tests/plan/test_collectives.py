@@ -49,7 +49,7 @@ ENTRY %main (p: bf16[8,16], q: f32[16]) -> f32[4] {
   %p = bf16[8,16]{1,0} parameter(0)
   %q = f32[16]{0} parameter(1)
   %init = (s32[], bf16[8,16]) tuple(%zero, %p)
-  %known = (s32[], bf16[8]) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
+  %known = (s32[]) while(%init), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"3"}}
   %unknown = (s32[], bf16[8,16]) while(%known), condition=%condition, body=%body
   %begun = ((f32[16]), f32[4], u32[]) async-start(%q), calls=%wrapped
   %ended = f32[4]{0} async-done(%begun), calls=%wrapped

@@ -1,5 +1,6 @@
 """`streamdit plan` on this machine's own devices: the real programs, their sizes, what they send, and its mistakes."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -26,8 +27,8 @@ STAGES = {
     "distillation": {"scheme": "N4c2s1", "teacher_steps": 4, "guidance": 2.0},
 }
 PLANS = {
-    "train": ["--stage=flow_matching", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"],
-    "stream": ["--what=stream", "--config.mesh.fsdp=1", "--config.mesh.window=8"],
+    "train": ["--topology=cpu:8", "--stage=flow_matching", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"],
+    "stream": ["--topology=cpu:8", "--what=stream", "--config.mesh.fsdp=1", "--config.mesh.window=8"],
 }
 # Programs are compiled to be read and never run.
 QUICK = (
@@ -62,8 +63,8 @@ def config(tiny, tmp_path_factory):
 
 
 def plans(config, named):
-    """Reports of several plans, made in one process of eight host devices."""
-    named = {name: [f"--config={config}", "--topology=cpu:8", "--json", *rest] for name, rest in named.items()}
+    """Reports of several plans, made in one process: of eight host devices, and the only one that takes libtpu."""
+    named = {name: [f"--config={config}", "--json", *rest] for name, rest in named.items()}
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM, json.dumps(named)],
         capture_output=True,
@@ -110,7 +111,13 @@ def test_the_axes_of_what_is_sent(reports):
 @pytest.mark.slow
 def test_distillation_is_the_last_stage_and_its_teacher_is_a_scan(config):
     """The teacher's steps cost FLOPs, and next to nothing to compile: they are one scan."""
-    found = plans(config, {"few": [], "many": ["--config.training.distillation.teacher_steps=16"]})
+    found = plans(
+        config,
+        {
+            "few": ["--topology=cpu:8"],
+            "many": ["--topology=cpu:8", "--config.training.distillation.teacher_steps=16"],
+        },
+    )
     few, many = found["few"], found["many"]
     assert few["stage"] == many["stage"] == "distillation"
     assert many["flops_per_step"] > 2 * few["flops_per_step"]
@@ -131,6 +138,34 @@ def test_the_table_says_the_same(reports):
     text = table(reports["stream"])
     assert "streaming step of N4c2s2 at guidance 2" in text and "8 devices, window 8" in text
     assert "collective-permute" in text and "over window" in text and "compiled in" in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed; launch/plan.sh has it")
+def test_tpus_that_are_not_there(config):
+    train = ["--stage=flow_matching", "--config.mesh.fsdp=4"]
+    found = plans(
+        config,
+        {
+            "v5e": ["--topology=v5e:2x2", *train],
+            "v6e": ["--topology=v6e:2x4", "--what=stream", "--config.mesh.fsdp=1", "--config.mesh.window=8"],
+            "slices": ["--topology=v5p:2x2x1", "--slices=2", "--config.mesh.data=2", *train],
+        },
+    )
+    assert [found[name]["devices"] for name in found] == [4, 8, 8]
+    assert found["v5e"]["precision"] == "bfloat16" and found["v5e"]["versions"]["libtpu"]
+    assert found["v6e"]["collectives"]["collective-permute"]["axes"].keys() == {"window"}
+    across = {axes for kind in found["slices"]["collectives"].values() for axes in kind["axes"]}
+    assert any("data" in axes for axes in across) and any("fsdp" in axes for axes in across)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None, reason="no CUDA plugin is installed; launch/plan.sh has it"
+)
+def test_gpus_that_are_not_there(config):
+    train = ["--topology=h100:8", "--stage=flow_matching"]
+    found = plans(config, {"train": train, "stream": ["--topology=h200", "--what=stream"]})
+    assert found["train"]["collectives"]["all-gather"]["axes"].keys() == {"fsdp"}
+    assert found["stream"]["collectives"] == {} and found["stream"]["hbm_bytes_per_device"] == 143771 * 2**20
 
 
 @pytest.mark.parametrize(
