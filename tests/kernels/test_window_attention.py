@@ -122,6 +122,24 @@ class TestBackend:
 
 
 @pytest.mark.parametrize("backend", attention.BACKENDS)
+def test_parts_of_windows_may_be_data(backend):
+    """Tokens that lie in a shifted layer's order already, with the layer's parts given: the shifted layer's result."""
+    windows, mask = CASES["cut_masked"][0], drawn("cut_masked")[4]
+    size = windows.order.block_size
+    places = (windows.blocks.reshape(-1, 1) * size + np.arange(size)).ravel()
+    moved = [x[:, places] for x in (*drawn("cut_masked")[:3], mask)]
+    frames, *sides = windows.window
+    order = TokenOrder((len(windows.blocks) * frames, *sides), windows.window, windows.order.block)
+    lying = Windows(order, windows.window, (0, 0, 0), WRAP)
+    run = jax.jit(lambda *qkv: attention.window_attention(*qkv[:3], lying, *qkv[3:], backend=backend))
+    out = run(*moved, jnp.asarray(windows.segments))
+    expected = result("reference", "cut_masked")[0]
+    asked = np.any(drawn("cut_masked")[3] != 0, axis=-1, keepdims=True)
+    np.testing.assert_allclose(out * asked[:, places], (expected * asked)[:, places], atol=1e-5)
+    assert len(np.unique(windows.segments)) > 1
+
+
+@pytest.mark.parametrize("backend", attention.BACKENDS)
 def test_a_window_without_keys_is_finite_and_leaves_others_alone(backend):
     """All keys of the first half of time masked; tokens of the second half see what they saw."""
     windows = windows_of((4, 2, 2), (2, 2, 2), (0, 0, 0), WRAP)

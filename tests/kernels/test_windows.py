@@ -90,6 +90,14 @@ def test_windows_and_blocks_lie_contiguously(order):
 
 
 @pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_values_per_frame_row_and_column_add_up_at_their_tokens(order):
+    tables = [10.0**axis * np.arange(size)[:, None] for axis, size in zip((0, 2, 4), order.grid)]
+    spread = sum(order.spread(table, axis) for axis, table in enumerate(tables))
+    assert len(spread) == order.num_windows
+    assert np.array_equal(spread.ravel(), order.coordinates @ [1, 100, 10_000])
+
+
+@pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_values_per_frame_reach_the_tokens_of_their_frame(order):
     """A table of frame numbers, spread, meets every token's own frame number."""
     frames = np.arange(order.grid[0])[None, :, None]
