@@ -36,6 +36,10 @@ def get_config() -> ml_collections.ConfigDict:
     config.sampling.scheme = "N4c2s1"
 
     config.training.flow_matching.train_text = True
+    # A third of the steps are on images, single latent frames of the same clips.
+    config.training.flow_matching.buckets = ml_collections.ConfigDict(
+        dict(images=dict(latent=(1, 8, 8), batch_size=16, share=0.3, source=""))
+    )
     config.training.distillation = roadtrip_distill.get_config().training.distillation
     config.training.distillation.teacher = ""
     config.training.distillation.scheme = "N4c2s1"
