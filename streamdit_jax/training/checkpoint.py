@@ -63,6 +63,7 @@ class Checkpoints:
             CheckpointError: the directory cannot be made or read.
         """
         self.directory, self._say = Path(os.path.abspath(directory)), say
+        self._pending = False  # whether a save was begun of which nobody yet asked how it ended
         _quieten()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
         try:
@@ -116,19 +117,21 @@ class Checkpoints:
             state=ocp.args.StandardSave(state),
             meta=ocp.args.JsonSave({**meta, "crc32": _crc32(meta)}),
         )
+        self._pending = True
         with self._saving():
             self._manager.save(step, args=arguments, force=True)
 
     def check(self) -> None:
         """Raises CheckpointError if a save in the background has failed; does not wait."""
-        with self._saving():
-            self._manager.check_for_errors()
+        # The manager's own check_for_errors says nothing: its thread has taken the error to tell whoever waits for it.
+        if self._pending and not self._manager.is_saving_in_progress():
+            self.wait()
 
     def wait(self) -> None:
         """Waits for the save in the background. Raises CheckpointError if it failed."""
+        self._pending = False
         with self._saving():
             self._manager.wait_until_finished()
-            self._manager.check_for_errors()
 
     def close(self) -> None:
         """Releases Orbax's threads, without a word about saves that failed: `wait` is what tells."""

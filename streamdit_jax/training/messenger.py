@@ -9,8 +9,10 @@ import contextlib
 import dataclasses
 import os
 import signal
+import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 
 import jax
@@ -80,6 +82,8 @@ class Messenger:
             self._finished.wait()
             self._thread.join()
             return
+        if isinstance(error, jax.errors.JaxRuntimeError):
+            self._wait_for_the_cause(error)
         code = 2 if isinstance(error, StreamDiTError) else 1
         self._finished.set()
         with contextlib.suppress(Exception):
@@ -211,6 +215,17 @@ class Messenger:
         elif progress.phase != "checkpoint" or self._age("saving", self._me, "waits") > SAVING_SECONDS:
             name = signal.Signals(number).name
             self._end(128 + number, f"stopped by {name} to process {asked}; nothing was there to be saved")
+
+    def _wait_for_the_cause(self, error: BaseException) -> None:
+        """A computation failed: by itself, as on all processes, or because another process is no longer there. Then it
+        is soon found silent or gone, and this thread does not return.
+        """
+        traceback.print_exception(error, file=sys.__stderr__)
+        with contextlib.suppress(Exception):
+            self._board.put(f"fault/{self._me}", "")
+            deadline = time.monotonic() + self._silence() + 2 * LEAVE_SECONDS
+            while time.monotonic() < deadline and len(self._board.read("fault")) <= len(self._others):
+                time.sleep(SHORT_BEAT_SECONDS)
 
     def _wait_for_the_others(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

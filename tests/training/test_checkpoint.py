@@ -286,7 +286,7 @@ def test_the_newest_are_kept(tmp_path):
 
 
 FULL_DISK = """
-import resource, sys
+import resource, sys, time
 import jax.numpy as jnp
 from streamdit_jax.errors import CheckpointError
 from streamdit_jax.training.checkpoint import Checkpoints
@@ -298,7 +298,9 @@ checkpoints.wait()
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))  # no file grows beyond this, as if the disk were full
 try:
     checkpoints.save(2, state, next_step=2)
-    checkpoints.wait()
+    for _ in range(6000):
+        checkpoints.check()  # as the loop does at each step; it does not wait
+        time.sleep(0.01)
 except CheckpointError as error:
     print(error)
 checkpoints.close()

@@ -153,13 +153,13 @@ def test_one_nan_is_one_skipped_step(toy, tmp_path):
 
 def test_a_failed_save_surfaces_at_the_next_step(toy, harness, tmp_path):
     state = toy.train(tmp_path, 5)
-    fields = json.dumps({"checkpoint_every": 100, "log_every": 10})
-    command = ("-c", FULL_DISK, harness.TOY, tmp_path, 300, fields)
+    fields = json.dumps({"checkpoint_every": 500, "log_every": 50})
+    command = ("-c", FULL_DISK, harness.TOY, tmp_path, 1000, fields)
     (full,) = harness.processes(command, JAX_ENABLE_COMPILATION_CACHE="false")
     assert full.returncode == 2 and full.stderr.count("\n") == 1, full.stderr
     assert f"CheckpointError: {tmp_path / 'checkpoints'}: saving a checkpoint failed: " in full.stderr
     assert "step 5 is there and complete" in full.stderr
-    assert int(full.stdout.splitlines()[-1].split()[2].split("/")[0]) < 200  # before it was to save again
+    assert int(full.stdout.splitlines()[-1].split()[2].split("/")[0]) < 1000  # before it was to save again
     assert toy.bits(harness.stored(tmp_path, state).state) == toy.bits(state)
 
 
@@ -208,7 +208,7 @@ def test_stopped_while_sampling_or_saving_a_run_saves_and_leaves(toy, straight, 
 
 
 def test_a_run_that_hangs_shows_where_and_ends_with_a_code_to_restart_on(harness, tmp_path):
-    command = (harness.TOY, tmp_path, 12, '{"hang_seconds": 3}')
+    command = (harness.TOY, tmp_path, 12, '{"hang_seconds": 8}')
     (done,) = harness.processes(command, TOY_FAULT="batch:7:0:deadlock", timeout=100)
     assert done.returncode == os.EX_TEMPFAIL
     assert done.stderr.startswith("no progress for ") and ", in data after step 6\n" in done.stderr

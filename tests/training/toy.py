@@ -88,7 +88,7 @@ def train(
         make_batches,
         workdir,
         seed=3,
-        mesh=sharding.make_mesh({"data": -1}),
+        mesh=sharding.make_mesh(json.loads(os.environ.get("TOY_MESH", '{"data": -1}'))),
         config_json=config_json,
         sample_fn=sample_fn,
         log=log,
