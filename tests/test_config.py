@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))
 ROADTRIP = f"--config={ROOT / 'configs' / 'roadtrip.py'}"
 IMAGE = f"--config={ROOT / 'configs' / 'roadtrip_image.py'}"
+BASE = f"--config={ROOT / 'configs' / 'streamdit_4b.py'}"
+TASK = f"--config={ROOT / 'configs' / 'streamdit_4b_task.py'}"
 DISTILL = f"--config={ROOT / 'configs' / 'roadtrip_distill.py'}"
 
 
@@ -56,7 +58,7 @@ def test_the_4b_model_has_its_parameters():
         (["--config.sampling.filling=magic"], "sampling.filling"),
         (
             ["--config.training.flow_matching.objective.mixture.entries=(('N8c2s1',1.0),('N8c1s1',1.0))"],
-            "training.flow_matching.objective.mixture.entries: every scheme of a mixture must tile the same buffer",
+            "training.flow_matching.objective.mixture.entries: N8c1s1 does not tile the buffer: it has 8 frames",
         ),
         (["--config.training.flow_matching.num_frames=8"], "training.flow_matching.num_frames"),
         (["--config.training.flow_matching.num_frames=0"], "training.flow_matching.num_frames: must be at least 1"),
@@ -71,12 +73,64 @@ def test_the_4b_model_has_its_parameters():
         ([DISTILL, "--config.training.distillation.teacher_steps=0"], "training.distillation.teacher_steps"),
         ([DISTILL, "--config.training.distillation.rollout_share=1.5"], "training.distillation.rollout_share"),
         (["--config.training.flow_matching.start_from="], "training.flow_matching.train_text: False leaves"),
+        ([BASE, "--config.training.flow_matching.text_from="], "training.flow_matching.train_text: False leaves"),
+        (
+            [BASE, "--config.training.flow_matching.buckets.images.latent=(1,48,64)"],
+            "training.flow_matching.buckets.images.latent: windows: 16 does not divide the 24 tokens along height",
+        ),
+        (
+            [BASE, "--config.training.flow_matching.buckets.images.latent=(1,64,128)"],
+            "training.flow_matching.buckets.images.latent: (1, 64, 128) does not fit into the model's (16, 64, 64)",
+        ),
+        (
+            [BASE, "--config.training.flow_matching.buckets.wide.source="],
+            "training.flow_matching.buckets.wide.source: missing",
+        ),
+        (
+            [BASE, "--config.training.flow_matching.buckets.wide.latent=(8,32,64)"],
+            "training.flow_matching.objective.mixture.entries: no scheme tiles a buffer of 8 frames",
+        ),
+        ([BASE, "--config.training.flow_matching.buckets.wide.share=0.7"], "training.flow_matching.buckets: their"),
+        ([BASE, "--config.training.flow_matching.buckets.wide.share=2.0"], "flow_matching.buckets.wide.share: lies"),
+        ([BASE, "--config.training.flow_matching.accumulate=3"], "flow_matching.accumulate: 3 does not divide"),
+        (
+            [BASE, "--config.training.flow_matching.objective.mixture.uniform_levels=normal"],
+            "mixture.uniform_levels: 'normal' is not one of uniform, logit_normal",
+        ),
     ],
 )
 def test_mistakes_name_their_field(overrides, message):
     with pytest.raises(ConfigError, match=re.escape(message)) as raised:
-        from_arguments(overrides if overrides[0] in (IMAGE, DISTILL) else [ROADTRIP, *overrides])
+        from_arguments(overrides if overrides[0] in (IMAGE, DISTILL, BASE) else [ROADTRIP, *overrides])
     assert "\n" not in str(raised.value)
+
+
+def test_fine_tuning_on_another_mixture_is_a_flag_each():
+    """Any number of schemes may replace those of the file; a bucket's fields are set by its name."""
+    mixture = "--config.training.flow_matching.objective.mixture.entries=(('N8c2s1', 4), ('N1c16s1', 1.0))"
+    config = from_arguments([TASK, "--config.training.flow_matching.start_from=roadtrip", mixture])
+    stage = config.training.flow_matching
+    assert stage.start_from == "roadtrip" and stage.objective.mixture.entries == (("N8c2s1", 4.0), ("N1c16s1", 1.0))
+    stage = from_arguments([BASE, "--config.training.flow_matching.buckets.images.share=0.5"]).training.flow_matching
+    assert list(stage.shares()) == ["main", "images", "tall", "wide"]
+    assert stage.shares()["images"] == 0.5 and sum(stage.shares().values()) == pytest.approx(1)
+
+
+def test_the_stages_of_the_paper_follow_from_each_other():
+    """§5.1: each starts from the one before; they differ by data and learning rate."""
+    names = ("task", "general", "quality")
+    stages = [
+        from_arguments([f"--config={ROOT}/configs/streamdit_4b_{name}.py"]).training.flow_matching for name in names
+    ]
+    assert [stage.start_from for stage in stages] == [
+        "runs/streamdit_4b",
+        "runs/streamdit_4b_task",
+        "runs/streamdit_4b_general",
+    ]
+    assert [stage.optimizer.learning_rate for stage in stages] == [1e-4, 1e-5, 1e-5]
+    assert {stage.steps for stage in stages} == {10_000} and len({stage.objective for stage in stages}) == 1
+    student = from_arguments([f"--config={ROOT}/configs/streamdit_4b_distill.py"]).training.distillation
+    assert student.teacher == "runs/streamdit_4b_quality"
 
 
 def test_missing_and_broken_files(tmp_path):

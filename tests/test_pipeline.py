@@ -1,5 +1,6 @@
 """Streams of a whole model: laws 1 and 3, prompts, snapshots, and models that cannot be loaded."""
 
+import dataclasses
 import json
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ from streamdit_jax import weights
 from streamdit_jax.data import roadtrip
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
 from streamdit_jax.models.dit import DiT
+from streamdit_jax.pipeline import Pipeline
 from streamdit_jax.snapshot import Snapshot
 
 
@@ -73,6 +75,16 @@ def test_prompt_seed_guidance_levels_never_recompile(pipeline):
     next(pipeline.stream("", seed=9, scheme="N4c2s5p2", guidance=0.5))
     assert [step._cache_size() for step in pipeline._steps.values()] == sizes
     assert pipeline._encode_text._cache_size() == 1
+
+
+def test_prompts_tell_the_frame_rate_where_captions_did(pipeline, tiny, tiny_params):
+    """Movie Gen §3.1.3; the empty prompt stays the one without conditions."""
+    data = dataclasses.replace(tiny.data, frame_rate_prompt=True)
+    told = Pipeline(dataclasses.replace(tiny, data=data), tiny_params)
+    for prompt, plainly in (("a red car", "FPS-16 a red car"), ("", "")):
+        for (x, mask), (y, other) in zip(told.encode_prompt(prompt), pipeline.encode_prompt(plainly)):
+            np.testing.assert_array_equal(mask, other)
+            np.testing.assert_allclose(x, y, atol=1e-6)
 
 
 def test_prompts_and_seeds_matter_and_repeat(pipeline):
