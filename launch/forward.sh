@@ -4,12 +4,20 @@
 # shellcheck disable=SC2034  # $code is for whoever sources this
 signals=0
 child=
+pass_on() {
+  signals=$((signals + 1))
+  last=$1
+  [ -z "$child" ] || kill "-$last" "$child" 2>/dev/null || true
+}
 forwarding() {
-  local result seen=-1
-  trap 'signals=$((signals + 1)); [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || true' TERM
-  trap 'signals=$((signals + 1)); [ -z "$child" ] || kill -INT "$child" 2>/dev/null || true' INT
+  local result seen=-1 before=$signals
+  trap 'pass_on TERM' TERM
+  trap 'pass_on INT' INT
   "$@" &
   child=$!
+  if [ "$signals" -ne "$before" ]; then # it came before there was a child to send it to
+    kill "-$last" "$child" 2>/dev/null || true
+  fi
   code=127
   while [ "$seen" -ne "$signals" ]; do # a signal ends `wait` early, with a code that is not the command's
     seen=$signals

@@ -48,12 +48,12 @@ def srun(arguments: list[str]) -> int:
 
     signal.signal(signal.SIGTERM, forward)
     ended = False
-    while any(task.poll() is None for task in tasks):
-        if not ended and "--kill-on-bad-exit=1" in options and any(task.returncode for task in tasks):
+    while None in (codes := [task.poll() for task in tasks]):
+        if not ended and "--kill-on-bad-exit=1" in options and any(codes):
             ended = True
             forward()
         time.sleep(0.05)
-    return max(code if code >= 0 else 128 - code for code in (task.returncode for task in tasks))
+    return max(code if code >= 0 else 128 - code for code in codes)
 
 
 def main(name: str, arguments: list[str]) -> int:
