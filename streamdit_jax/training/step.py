@@ -5,7 +5,6 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
-from jax.experimental.shard_alike import shard_alike
 
 from streamdit_jax import sharding
 from streamdit_jax.training.objective import Batch, Objective
@@ -113,17 +112,15 @@ def _accumulated(differentiate, params, constants, batch: Batch, key: jax.Array,
         strided = jnp.moveaxis(leaf.reshape(-1, parts, *leaf.shape[1:]), 1, 0)
         return sharding.constrain(strided, None, "batch", *[None] * (leaf.ndim - 1))
 
-    def alike(gradient):
-        # A gradient lies where its parameter lies; without a word, a whole copy could be kept on every device.
-        return jax.tree.map(lambda g, p: shard_alike(g.astype(jnp.float32), p)[0], gradient, params)
-
     def add(total, numbered):
         number, part = numbered
         values, gradient = differentiate(params, constants, part, jax.random.fold_in(key, number))
-        return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, (values, alike(gradient))), None
+        return jax.tree.map(lambda t, x: t + x.astype(jnp.float32), total, (values, gradient)), None
 
     values, gradient = jax.eval_shape(differentiate, params, constants, jax.tree.map(lambda x: cut(x)[0], batch), key)
     values, gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (values, gradient))
-    total, _ = jax.lax.scan(add, (values, alike(gradient)), (jnp.arange(parts), jax.tree.map(cut, batch)))
+    # The sum lies where the parameters do; without a word, a whole copy could be kept on every device.
+    total = (values, sharding.constrain_parameters(gradient))
+    total, _ = jax.lax.scan(add, total, (jnp.arange(parts), jax.tree.map(cut, batch)))
     values, gradient = jax.tree.map(lambda x: x / parts, total)
     return values, jax.tree.map(lambda g, p: g.astype(p.dtype), gradient, params)
