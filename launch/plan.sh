@@ -6,7 +6,7 @@ root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$root"
 # shellcheck source=launch/environment.sh
 source "$root/launch/environment.sh"
-environment "${STREAMDIT_PLAN_VENV:-$root/.venv-plan}" "$root[plan]"
+environment "${STREAMDIT_PLAN_VENV:-$root/.venv-plan}" "${root}[plan]"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "pytest>=8"
 export PYTHONPATH=$root JAX_PLATFORMS=cpu
 exec "$venv/bin/python" -m pytest -v -m nightly tests/plan/test_targets.py "$@"
