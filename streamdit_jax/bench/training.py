@@ -43,9 +43,9 @@ def training_step(subject: Subject, seconds: float) -> dict[str, Any]:
     subject.require_memory(needed, "parameters, averages, moments and gradients")
     objective = flow_matching(config, stage.objective)
     tx = make_optimizer(stage.optimizer, stage.steps)
-    step = jax.jit(
-        make_train_step(objective, tx, stage.ema_decay, make_schedule(stage.optimizer, stage.steps)), donate_argnums=0
-    )
+    schedule = make_schedule(stage.optimizer, stage.steps)
+    train_step = make_train_step(objective, tx, stage.ema_decay, schedule, stage.accumulate)
+    step = jax.jit(train_step, donate_argnums=0)
     tokens, mask = tokenize(CAPTION, max_tokens(config.text))
     batch = {
         "latents": np.random.default_rng(0).normal(size=(stage.batch_size, *config.dit.latent)).astype(np.float32),
