@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import yaml
 
 from streamdit_jax.distributed import detect
+from streamdit_jax.training.messenger import RESTART
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -67,6 +69,14 @@ def test_images_pin_every_package_that_setup_names():
     assert len(wanted) > 10 and wanted <= pinned.keys()
     cuda = (LAUNCH / "docker" / "constraints-cuda.txt").read_text()
     assert f"jax-cuda13-plugin=={pinned['jax']}\n" in cuda, "the plugin is made for one version of JAX"
+
+
+def test_scripts_and_guide_agree_on_the_codes_that_a_restart_mends():
+    for name in ("entrypoint.sh", "slurm/train.sbatch"):
+        assert re.search(r"^ *75 \| 134 \| 137 \| 143\)", (LAUNCH / name).read_text(), re.MULTILINE), name
+    rows = re.findall(r"^\| ([\d, ]+) \|.*\| (.+) \|$", (ROOT / "docs" / "launching.md").read_text(), re.MULTILINE)
+    again = {int(code) for codes, what in rows if what == "start again" for code in codes.split(",")}
+    assert again == {RESTART, 134, 137, 128 + signal.SIGTERM} == {75, 134, 137, 143}
 
 
 def documents(path):
