@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from streamdit_jax import distributed
+from streamdit_jax.clusters import Cluster
 from streamdit_jax.errors import ConfigError, StreamDiTError
 
 DEFAULT_PROMPT = "a red car drives past green hills on a sunny day"
@@ -65,7 +66,7 @@ def _encode(arguments) -> int:
     from streamdit_jax.data import encode
     from streamdit_jax.pipeline import load
 
-    cluster = distributed.start(_say) or distributed.Cluster("none", 1, 0)
+    cluster = distributed.start(_say) or Cluster("none", 1, 0)
     pipeline = load(arguments.model)
     data = pipeline.config.data
     report = encode.encode(

@@ -9,7 +9,8 @@ import sys
 import pytest
 
 from streamdit_jax import distributed
-from streamdit_jax.distributed import Cluster, bind_address, detect
+from streamdit_jax.clusters import Cluster, detect
+from streamdit_jax.distributed import bind_address
 from streamdit_jax.errors import ConfigError
 
 OURS = {"STREAMDIT_COORDINATOR": "10.0.0.2:1234", "STREAMDIT_PROCESSES": "4", "STREAMDIT_PROCESS": "3"}

@@ -11,7 +11,19 @@ ROOT = Path(__file__).parents[1] / "streamdit_jax"
 
 # Floors from the ground; a file may import from its own floor or from below, and none imports cli.
 FLOORS = [
-    {"errors", "partition", "flow", "sharding", "kernels", "data", "weights", "snapshot", "machine", "distributed"},
+    {
+        "errors",
+        "partition",
+        "flow",
+        "sharding",
+        "kernels",
+        "data",
+        "weights",
+        "snapshot",
+        "machine",
+        "clusters",
+        "distributed",
+    },
     {"models", "stream", "config", "stages", "steering", "video_input", "endless", "flops"},
     {"pipeline", "live", "distill"},
     {"training", "serving"},

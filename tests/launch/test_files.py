@@ -12,7 +12,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from streamdit_jax.distributed import detect
+from streamdit_jax.clusters import detect
 from streamdit_jax.training.messenger import RESTART
 
 ROOT = Path(__file__).parents[2]
