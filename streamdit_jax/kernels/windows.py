@@ -68,26 +68,35 @@ class TokenOrder:
         counts = {f"n{axis}": size // window for axis, size, window in zip("fhw", self.grid, self.window)}
         return rearrange(x, pattern, **self._sizes(), **counts)
 
-    def split_frames(self, x: Float[Array, "b tokens d"]) -> Float[Array, "b windows pf s bf s d"]:
-        """Tokens with their window and the two factors of their frame within it as axes of their own, so that a value
-        per frame broadcasts. Windows stay one axis, which any divisor of their number cuts.
+    def split_frames(self, x: Float[Array, "b tokens d"], joined: bool = False) -> Float[Array, "b *factors d"]:
+        """Tokens with the factors of their frame index as axes of their own, so that a value per frame broadcasts.
+
+        joined: windows stay one axis, which any divisor of their number can cut, [b, windows, pf, parts, bf, block, d];
+            otherwise those along time have one for themselves, [b, nf, nh · nw, pf, parts, bf, block, d].
         """
         sizes = self._sizes()
+        windows = "windows" if joined else "nf windows"
         return rearrange(
             x,
-            "b (windows pf parts bf block) d -> b windows pf parts bf block d",
+            f"b ({windows} pf parts bf block) d -> b {windows} pf parts bf block d",
+            windows=self.num_windows if joined else self._windows_per_time,
             pf=sizes["pf"],
             parts=sizes["ph"] * sizes["pw"],
             bf=sizes["bf"],
             block=sizes["bh"] * sizes["bw"],
         )
 
-    def spread_frames(self, x: Float[Array, "b f d"]) -> Float[Array, "b windows pf 1 bf 1 d"]:
+    def spread_frames(self, x: Float[Array, "b f d"], joined: bool = False) -> Float[Array, "b *factors d"]:
         """A value per frame in the form that broadcasts against `split_frames`."""
         sizes = self._sizes()
-        windows = self.grid[1] // self.window[1] * (self.grid[2] // self.window[2])
-        pattern = "b (nf pf bf) d -> b (nf windows) pf 1 bf 1 d"
-        return repeat(x, pattern, windows=windows, pf=sizes["pf"], bf=sizes["bf"])
+        x = rearrange(x, "b (nf pf bf) d -> b nf 1 pf 1 bf 1 d", pf=sizes["pf"], bf=sizes["bf"])
+        if not joined:
+            return x
+        return repeat(x, "b nf 1 pf 1 bf 1 d -> b (nf windows) pf 1 bf 1 d", windows=self._windows_per_time)
+
+    @property
+    def _windows_per_time(self) -> int:
+        return self.grid[1] // self.window[1] * (self.grid[2] // self.window[2])
 
     def spread(self, x: Float[Array, "n d"], axis: int) -> Float[Array, "windows *place d"]:
         """A value per frame, row or column (axis 0, 1, 2) in a form whose sum over the axes is a value per token, once

@@ -11,7 +11,7 @@ rematerialisation, for training; as a tuple of layers (`unstack`), they run unro
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float
 from streamdit_jax.kernels.windows import TokenOrder, Windows
 from streamdit_jax.models.attention import CrossAttention, SelfAttention
 from streamdit_jax.models.embeddings import FactorisedPosition, TextProjection, TimeEmbedding, rotary_angles
-from streamdit_jax.sharding import constrain
+from streamdit_jax.sharding import constrain, parts
 
 Axes = tuple[int, int, int]
 TOKENS = ("batch", "tokens", None)  # the logical axes of hidden states
@@ -177,6 +177,15 @@ def _norm(config: DiTConfig, *, affine: bool = False, name: str | None = None) -
     return nn.LayerNorm(epsilon=1e-6, use_scale=affine, use_bias=affine, dtype=dtype, name=name)
 
 
+def _per_frame(
+    function: Callable, order: TokenOrder, x: Float[Array, "b tokens d"], *values: Float[Array, "b f d"]
+) -> Float[Array, "b tokens d"]:
+    """`function` of every token and its frame's values."""
+    joined = parts("tokens") > 1
+    spread = [order.spread_frames(value, joined) for value in values]
+    return function(order.split_frames(x, joined), *spread).reshape(x.shape)
+
+
 class FeedForward(nn.Module):
     """Linear → tanh-GELU → Linear, or the gated SwiGLU."""
 
@@ -231,15 +240,11 @@ class Block(nn.Module):
         """
         config, order, dtype = self.config, self.windows.order, self.config.compute_dtype
 
-        def per_frame(function, x, *values):
-            spread = [order.spread_frames(value) for value in values]
-            return function(order.split_frames(x), *spread).reshape(x.shape)
-
         def modulate(x, shift, scale):
-            return per_frame(lambda x, shift, scale: x * (1 + scale) + shift, x, shift, scale)
+            return _per_frame(lambda x, shift, scale: x * (1 + scale) + shift, order, x, shift, scale)
 
         def gated(x, gate):
-            return per_frame(lambda x, gate: x * gate, x, gate)
+            return _per_frame(lambda x, gate: x * gate, order, x, gate)
 
         modulation = Modulation(config, 6, name="modulation")(time, shared)
         attention_shift, attention_scale, attention_gate, ffn_shift, ffn_scale, ffn_gate = modulation
@@ -319,8 +324,8 @@ class DiT(nn.Module):
         key_mask = None
         if frame_mask is not None:
             tokens = jnp.ones((len(latents), order.num_tokens, 1), bool)
-            of_frame = order.split_frames(tokens) & order.spread_frames(frame_mask[..., None])
-            key_mask = constrain(of_frame.reshape(len(latents), -1), "batch", None)
+            key_mask = _per_frame(jnp.logical_and, order, tokens, frame_mask[..., None])[..., 0]
+            key_mask = constrain(key_mask, "batch", None)
 
         if sequence_mask is not None and sequence_mask.ndim == 3:
             by_token = sequence_mask[:, order.coordinates[:, 0]]  # every token reads its frame's prompt
@@ -330,8 +335,7 @@ class DiT(nn.Module):
         shift, scale = Modulation(config, 2, name="final_modulation")(
             time, None if shared is None else time[:, :, None]
         )
-        x = order.split_frames(_norm(config)(x)) * (1 + order.spread_frames(scale)) + order.spread_frames(shift)
-        x = x.reshape(len(latents), order.num_tokens, config.width)
+        x = _per_frame(lambda x, scale, shift: x * (1 + scale) + shift, order, _norm(config)(x), scale, shift)
         patch_values = config.patch[1] * config.patch[2] * config.latent[3]
         x = nn.Dense(patch_values, dtype=dtype, kernel_init=nn.initializers.zeros, name="velocity")(x)
         x = constrain(constrain(x, *TOKENS), "batch", None, None)  # whole again: a token's few values, not its width

@@ -97,13 +97,14 @@ def test_values_per_frame_row_and_column_add_up_at_their_tokens(order):
     assert np.array_equal(spread.ravel(), order.coordinates @ [1, 100, 10_000])
 
 
+@pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("order", ORDERS, ids=str)
-def test_values_per_frame_reach_the_tokens_of_their_frame(order):
+def test_values_per_frame_reach_the_tokens_of_their_frame(order, joined):
     """A table of frame numbers, spread, meets every token's own frame number."""
     frames = np.arange(order.grid[0])[None, :, None]
     tokens = order.coordinates[None, :, :1]
-    split = order.split_frames(tokens)
-    assert np.array_equal(np.broadcast_to(order.spread_frames(frames), split.shape), split)
+    split = order.split_frames(tokens, joined)
+    assert np.array_equal(np.broadcast_to(order.spread_frames(frames, joined), split.shape), split)
     assert np.array_equal(split.reshape(tokens.shape), tokens), "splitting does not move tokens"
 
 
