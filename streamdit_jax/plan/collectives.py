@@ -92,6 +92,13 @@ def groups_of(attributes: str) -> np.ndarray | None:
         shape, dims, order = ([int(number) for number in part.split(",")] if part else None for part in iota.groups())
         devices = np.arange(math.prod(dims)).reshape(dims)
         return (devices if order is None else devices.transpose(order)).reshape(shape)
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
+        together = [name for name in sizes if f"'{name}'" in named.group(2)]
+        order = [name for name in sizes if name not in together] + together
+        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        devices = devices.transpose([list(sizes).index(name) for name in order])
+        return devices.reshape(-1, math.prod(sizes[name] for name in together))
     listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes)
     rows = re.findall(r"\{([\d,]+)\}", listed.group(1)) if listed else []
     if not rows:
@@ -135,11 +142,13 @@ def collectives(hlo: str, mesh_shape: dict[str, int]) -> Counter:
         if name not in done:
             done[name] = Counter()
             for instruction in found.get(name, ()):
-                done[name].update(of_instruction(instruction))
+                done[name].update(of_instruction(instruction, name))
         return done[name]
 
-    def of_instruction(one: Instruction) -> Counter:
+    def of_instruction(one: Instruction, within: str) -> Counter:
         kind = one.opcode.removesuffix("-start")
+        if kind == "all-reduce" and within.startswith("all-reduce-scatter"):
+            kind = "reduce-scatter"  # the TPU compiler's form of it: a fusion that keeps a slice of the sum
         if kind in KINDS:
             axes = axes_of(groups_of(one.attributes), mesh_shape)
             return Counter({(kind, axes, "count"): 1, (kind, axes, "bytes"): max(_sent(one, types))})

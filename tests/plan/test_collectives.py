@@ -98,6 +98,8 @@ def test_bytes_of_types(type_, sizes):
         ("replica_groups=[4,2]<=[2,4]T(1,0)", [[0, 4], [1, 5], [2, 6], [3, 7]], "data"),
         ("replica_groups=[1,8]<=[8]", [list(range(8))], "data+fsdp"),
         ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", [[0, 1], [1, 2], [2, 3], [3, 0]], "fsdp"),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", [[0, 1, 2, 3], [4, 5, 6, 7]], "fsdp"),
+        ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", [[0, 4], [1, 5], [2, 6], [3, 7]], "data"),
         ("replica_groups={}", None, "data+fsdp"),
     ],
 )
@@ -105,3 +107,21 @@ def test_groups_and_their_axes(attributes, groups, axes):
     found = groups_of(f"channel_id=3, {attributes}, use_global_device_ids=true")
     assert (found is None and groups is None) or np.array_equal(found, groups)
     assert axes_of(found, MESH) == axes
+
+
+def test_a_sum_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    hlo = """HloModule tpu
+
+%all-reduce-scatter.1 (z: f32[16]) -> f32[4] {
+  %z = f32[16]{0} parameter(0)
+  %sum = f32[16]{0} all-reduce(%z), replica_groups=[2,4]<=[8], to_apply=%add
+  ROOT %kept = f32[4]{0} dynamic-slice(%sum, %place), dynamic_slice_sizes={4}
+}
+
+ENTRY %main (q: f32[16]) -> f32[4] {
+  %q = f32[16]{0} parameter(0)
+  ROOT %fused = f32[4]{0} fusion(%q), kind=kCustom, calls=%all-reduce-scatter.1
+}
+"""
+    found = summary(collectives(hlo, MESH))
+    assert found == {"reduce-scatter": {"count": 1, "bytes": 64, "axes": {"fsdp": {"count": 1, "bytes": 64}}}}
