@@ -33,13 +33,17 @@ def get_config() -> ml_collections.ConfigDict:
     config.tae.blocks = (2, 2, 4)
     config.tae.kernel_time = 3
 
-    def text(vocab_size, width, num_layers, num_heads, ffn_width):
+    def text(vocab_size, width, num_layers, num_heads, ffn_width, ffn):
         sizes = dict(
             vocab_size=vocab_size, width=width, num_layers=num_layers, num_heads=num_heads, ffn_width=ffn_width
         )
-        return ml_collections.ConfigDict(dict(**sizes, head_dim=width // num_heads, ffn="gated_gelu", max_tokens=256))
+        return ml_collections.ConfigDict(dict(**sizes, head_dim=width // num_heads, ffn=ffn, max_tokens=256))
 
-    config.text = (text(32128, 4096, 32, 16, 16384), text(384, 1536, 18, 12, 3968), text(49408, 1280, 32, 20, 5120))
+    config.text = (
+        text(32128, 4096, 32, 16, 16384, "gated_silu"),
+        text(384, 1536, 18, 12, 3968, "gated_gelu"),
+        text(49408, 1280, 32, 20, 5120, "gelu"),
+    )
 
     config.dit = ml_collections.ConfigDict()
     config.dit.latent = (16, 64, 64, 8)

@@ -46,8 +46,16 @@ def max_tokens(configs: tuple[TextConfig, ...]) -> int:
     return min(config.max_tokens for config in configs)
 
 
+# Deviation of the frames of a lengthened image model, about that of rows and columns once they are trained. Without it,
+# frames that all have one position did not come apart in 1,400 steps of training on video (docs/roadtrip.md).
+FRAME_DEVIATION = 0.08
+SHORTEST_PERIOD = 2.5  # frames
+
+
 def lengthen(params: Any, expected: Any) -> Any:
-    """A DiT's params for a longer buffer: every learned position of a frame is repeated to fill the new length.
+    """A DiT's params for a longer buffer: every learned position of a frame is repeated to fill the new length. From a
+    single frame, a model of images, sinusoids over the frames are added, so that the model can tell them apart from
+    its first step on; the first frame stays as it is.
 
     params, expected: trees of the same model, their leaves named "frame" [layers, F, width] with F_old and F_new
     frames; frame i of the new buffer starts as frame ⌊i·F_old / F_new⌋. All else is returned as it is.
@@ -57,9 +65,20 @@ def lengthen(params: Any, expected: Any) -> Any:
         if getattr(path[-1], "key", None) != "frame" or leaf.shape == shape.shape:
             return leaf
         old, new = leaf.shape[-2], shape.shape[-2]
-        return leaf[..., np.arange(new) * old // new, :]
+        repeated = leaf[..., np.arange(new) * old // new, :]
+        return repeated + _waves(new, leaf.shape[-1]).astype(leaf.dtype) if old == 1 else repeated
 
     return jax.tree_util.tree_map_with_path(longer, params, expected)
+
+
+def _waves(frames: int, width: int) -> np.ndarray:
+    """[frames, width]: sines and cosines of periods from a few frames to three buffers, less their values at frame 0,
+    with a root mean square of `FRAME_DEVIATION`.
+    """
+    periods = np.geomspace(SHORTEST_PERIOD, max(3 * frames, SHORTEST_PERIOD), (width + 1) // 2)
+    angles = 2 * np.pi * np.arange(frames)[:, None] / periods
+    waves = np.concatenate([np.sin(angles), np.cos(angles) - 1], axis=-1)[:, :width]
+    return FRAME_DEVIATION * waves / np.sqrt(np.mean(waves**2))
 
 
 def flow_matching(

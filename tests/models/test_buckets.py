@@ -40,7 +40,7 @@ def filled(config):
 
 
 def test_an_image_in_a_video_model_is_what_the_image_model_makes_of_it():
-    """`lengthen` repeats the image model's frame; the image bucket of the longer model reads it back."""
+    """`lengthen` keeps the image model's frame as the first; the image bucket of the longer model reads it back."""
     images = filled(IMAGE)
     like = jax.eval_shape(DiT(VIDEO).init, jax.random.key(0), *inputs(VIDEO.latent[:3]))["params"]
     video = lengthen(images, like)

@@ -115,11 +115,24 @@ def test_an_image_model_has_all_that_a_video_model_needs(tiny):
     assert velocity.shape == latents.shape and np.all(np.isfinite(velocity))
 
 
-def test_a_model_of_images_becomes_one_of_video(tiny):
-    """Frame positions are repeated to the new length, all else stays; nothing is invented."""
-    old = {"blocks": {"position": {"frame": np.arange(2 * 2 * 3.0).reshape(2, 2, 3), "row": np.ones((2, 4, 3))}}}
-    shapes = {"blocks": {"position": {"frame": np.zeros((2, 8, 3)), "row": np.zeros((2, 4, 3))}}}
-    new = lengthen(old, shapes)
-    frame = new["blocks"]["position"]["frame"]
-    np.testing.assert_array_equal(frame, np.repeat(old["blocks"]["position"]["frame"], 4, axis=1))
-    assert new["blocks"]["position"]["row"] is old["blocks"]["position"]["row"]
+def frames_of(old, length):
+    """The positions of frames, and of rows, after `lengthen` from those of `old`, [layers, frames, width]."""
+    rows = np.ones((2, 4, old.shape[-1]))
+    shapes = {"frame": np.zeros((2, length, old.shape[-1])), "row": np.zeros(rows.shape)}
+    new = lengthen({"blocks": {"position": {"frame": old, "row": rows}}}, {"blocks": {"position": shapes}})
+    assert new["blocks"]["position"]["row"] is rows
+    return new["blocks"]["position"]["frame"]
+
+
+def test_a_longer_buffer_repeats_the_positions_of_its_frames():
+    old = np.arange(2 * 2 * 3.0).reshape(2, 2, 3)
+    np.testing.assert_array_equal(frames_of(old, 8), np.repeat(old, 4, axis=1))
+
+
+def test_the_frames_of_a_lengthened_image_model_can_be_told_apart():
+    """The first keeps its position; the others lie at a fair distance from it and from each other."""
+    old = np.random.default_rng(0).normal(size=(2, 1, 64))
+    frames = frames_of(old, 16)
+    np.testing.assert_array_equal(frames[:, 0], old[:, 0])
+    distance = np.sqrt(np.mean((frames[0, :, None] - frames[0, None]) ** 2, axis=-1))
+    assert distance[~np.eye(16, dtype=bool)].min() > 0.03 and distance.max() < 0.3
