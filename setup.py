@@ -51,8 +51,8 @@ setup(
         "test": TRAIN + FIGURES + SERVE + TEST + LAUNCH,
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        # Compilers for `streamdit plan`, where there is neither: libtpu, and JAX's CUDA plugin without NVIDIA's libraries.
-        "plan": TRAIN + ["jax[tpu]", "jax[cuda13-local]"],
+        # Compilers for `streamdit plan`, where no chip is: libtpu, and JAX's CUDA plugin without NVIDIA's libraries.
+        "plan": [*TRAIN, "jax[tpu]", "jax[cuda13-local]"],
     },
     entry_points={"console_scripts": ["streamdit = streamdit_jax.cli:main"]},
 )

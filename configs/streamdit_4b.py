@@ -94,5 +94,6 @@ def get_config() -> ml_collections.ConfigDict:
     stage.objective.mixture.draw = "example"
     stage.objective.mixture.shared_offset = 0.0
 
-    config.mesh = ml_collections.ConfigDict(dict(data=1, fsdp=-1, window=1, tensor=1, slices=1))
+    # On fewer than 64 devices: --config.mesh.data=1 --config.mesh.fsdp=-1. Why not 256 on a pod: docs/scale.md.
+    config.mesh = ml_collections.ConfigDict(dict(data=-1, fsdp=64, window=1, tensor=1, slices=1))
     return config

@@ -183,6 +183,7 @@ def _plan(arguments) -> int:
         slices=arguments.slices,
         precision=arguments.precision,
         limit=arguments.limit,
+        effort=arguments.effort,
     )
     report = {"command": arguments.spelled, **report}
     print(json.dumps(report) if arguments.json else table(report))
@@ -320,6 +321,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--slices", type=int, help="TPU slices of that topology; mesh.slices by default")
     plan.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
     plan.add_argument("--limit", type=float, default=0.95, help="share of a device's memory that the step may take")
+    plan.add_argument("--effort", type=float, default=-1.0, help="of the compiler, from -1 (quick) to 1; runs have 0")
     plan.add_argument("--json", action="store_true", help="one JSON object on one line")
     plan.epilog = "--config=FILE.py names the configuration; --config.a.b=VALUE overrides a field of it."
 

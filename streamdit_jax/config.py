@@ -68,8 +68,8 @@ class SamplingConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each axis of the mesh; −1 takes what is left. slices: groups of devices that a slower network joins;
-    the outermost part of `data` goes over them. See `sharding`.
+    """Devices along each axis of the mesh; −1 takes what is left. slices: groups of devices that a slower network
+    joins; the outermost part of `data` goes over them. See `sharding`.
     """
 
     data: int = -1

@@ -18,6 +18,7 @@ from streamdit_jax.plan.programs import Lowered, streaming_program, training_ste
 from streamdit_jax.plan.topology import Topology, describe
 
 PRECISIONS = ("auto", "float32", "bfloat16")
+EFFORT = -1.0
 LIMIT = 0.95  # beside arguments and temporaries a device holds the program, and what the runtime keeps for itself
 
 
@@ -31,17 +32,21 @@ def run(
     slices: int | None = None,
     precision: str = "auto",
     limit: float = LIMIT,
+    effort: float = EFFORT,
 ) -> dict[str, Any]:
     """Compiles the step that a command line names; its report, as docs/scale.md describes it.
 
     overrides: `--config=FILE …`. stage: of training, by default the last that the configuration has. bucket: of that
         stage's batches. slices: so many of the topology, over the slower network; mesh.slices by default. limit: the
-        share of a device's memory that arguments and temporaries may take.
+        share of a device's memory that arguments and temporaries may take. effort: of the compiler, from -1 to 1; a run
+        compiles with 0, which takes many times as long.
     Raises ConfigError for mistakes in these, for what lacks to compile, and for a step that does not fit, saying by how
         much and what would help.
     """
     if not 0 < limit <= 1:
         raise ConfigError(f"--limit: a share of the memory, above 0 and at most 1, not {limit}")
+    if not -1 <= effort <= 1:
+        raise ConfigError(f"--effort: from -1 to 1, not {effort}")
     config = from_arguments(overrides)
     stage = _stage(config, stage) if what == "train" else None
     slices = config.mesh.slices if slices is None else slices
@@ -68,7 +73,7 @@ def run(
     }
     require_fit(sizes, limit)  # what is too large already need not be compiled
     began, cpu = time.perf_counter(), time.process_time()
-    compiled = _compile(lowered, sizes, limit)
+    compiled = _compile(lowered, sizes, limit, effort)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     sizes |= _memory(compiled)
     require_fit(sizes, limit)
@@ -80,6 +85,7 @@ def run(
         "flops_per_step_per_device": None if lowered.flops is None else lowered.flops // mesh.size,
         "rematerialised_flops_per_step": lowered.repeated,
         "collectives": summary(collectives(compiled.as_text(), dict(mesh.shape))),
+        "effort": effort,
         "lower_seconds": round(lower_seconds, 1),
         "compile_seconds": round(seconds, 1),
         "compile_cpu_seconds": round(cpu, 1),
@@ -112,7 +118,9 @@ def _with_precision(config: Config, precision: str, topology: Topology) -> Confi
     return dataclasses.replace(config, dit=dataclasses.replace(config.dit, dtype=precision))
 
 
-def _compile(lowered: Lowered, sizes: dict[str, Any], limit: float) -> jax.stages.Compiled:
+def _compile(lowered: Lowered, sizes: dict[str, Any], limit: float, effort: float) -> jax.stages.Compiled:
+    before = jax.config.jax_exec_time_optimization_effort
+    jax.config.update("jax_exec_time_optimization_effort", effort)
     try:
         return lowered.lowered.compile()
     except jax.errors.JaxRuntimeError as mistake:
@@ -120,6 +128,8 @@ def _compile(lowered: Lowered, sizes: dict[str, Any], limit: float) -> jax.stage
         if "RESOURCE_EXHAUSTED" not in message:
             raise
         raise too_large(sizes | named_sizes(message), limit, message) from None
+    finally:
+        jax.config.update("jax_exec_time_optimization_effort", before)
 
 
 def named_sizes(message: str) -> dict[str, int]:

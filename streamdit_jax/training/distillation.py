@@ -17,7 +17,7 @@ from streamdit_jax.models.text import tokenize
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.sharding import constrain
 from streamdit_jax.stages import DistillationStage
-from streamdit_jax.training.flow_matching import encode_text, max_tokens
+from streamdit_jax.training.flow_matching import encode_text, frozen, max_tokens
 from streamdit_jax.training.objective import Objective
 
 
@@ -89,8 +89,8 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
         return flow.loss(predicted, target, scored), metrics
 
     constants = {
-        "teacher": teacher["dit"],
-        "text": teacher["text"],
+        "teacher": frozen(teacher["dit"], config.dit.compute_dtype),
+        "text": frozen(teacher["text"], config.dit.compute_dtype),
         "guidance": np.float32(stage.guidance),
         "uniform_share": np.float32(stage.uniform_share),
     }

@@ -39,16 +39,17 @@ class Target:
 
 QUALITY, DISTILL = "--config=configs/streamdit_4b_quality.py", "--config=configs/streamdit_4b_distill.py"
 BASE, TASK = "--config=configs/streamdit_4b.py", "--config=configs/streamdit_4b_task.py"
-SLICES = "--topology=v5p:8x8x4 --slices=2 --config.mesh.data=2"
 TARGETS = {
     "v5p-256": Target(f"{TASK} --topology=v5p:8x8x4", 256, batch=256),
     "v6e-256": Target(f"{TASK} --topology=v6e:16x16", 256, batch=256),
     "v5p-256-base": Target(f"{BASE} --topology=v5p:8x8x4", 256, batch=512),
-    "v5p-2x256": Target(f"{TASK} {SLICES} --config.training.flow_matching.batch_size=512", 512, batch=512),
+    "v5p-2x256": Target(
+        f"{TASK} --topology=v5p:8x8x4 --slices=2 --config.training.flow_matching.batch_size=512", 512, batch=512
+    ),
     "v5p-256-distill": Target(
         f"{DISTILL} --topology=v5p:8x8x4 --config.training.distillation.batch_size=256", 256, batch=256
     ),
-    "h200-stream": Target(f"{QUALITY} --topology=h200 --what=stream", 1, compile_seconds=0),
+    "h200-stream": Target(f"{QUALITY} --topology=h200 --what=stream --config.mesh.fsdp=1", 1, compile_seconds=0),
     "v5e-8-stream": Target(
         f"{QUALITY} --topology=v5e:2x4 --what=stream --config.mesh.window=8 --config.mesh.fsdp=1", 8, compile_seconds=0
     ),
