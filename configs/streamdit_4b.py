@@ -55,6 +55,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.dit.windows = ((8, 16, 16),)
     config.dit.shifted = (False, True)
     config.dit.wrap = (True, True, True)
+    config.dit.remat = "full"
 
     config.sampling = ml_collections.ConfigDict()
     config.sampling.scheme = "N1c16s50"  # one level for all frames is what this model has learnt

@@ -166,8 +166,7 @@ def _parts(axis: str, mesh) -> int:
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """`x` as it is, laid on the mesh of the context; without one, `x`.
 
-    axes: the logical axis of each dimension, None for one that is whole on every device; so is one that its mesh axes
-        do not divide.
+    axes: the logical axis of each dimension, None for one that is whole on every device. See `partition_spec`.
     """
     mesh = _context()
     if mesh is None:
@@ -199,17 +198,18 @@ def map_shards(
 ) -> jax.Array:
     """`function(*arrays)`, by each device of the context's mesh on its own part; without a mesh, on the whole.
 
-    axes: the logical axes of each array; out_axes: those of the result. An axis is cut where its mesh axes divide every
-        dimension of that name, and otherwise whole everywhere.
+    axes: the logical axes of each array; out_axes: those of the result. An axis is cut along those of its mesh axes
+        that divide every dimension of that name.
     """
     mesh = _context()
     if mesh is None:
         return function(*arrays)
     sizes = [(name, size) for array, names in zip(arrays, axes) for name, size in zip(names, array.shape) if name]
-    whole = {name for name, size in sizes if size % _parts(name, mesh)}
+    common = {name: math.gcd(*(size for other, size in sizes if other == name)) for name, _ in sizes}
+    cut = {name: _that_divide(size, TABLE[name], mesh) or None for name, size in common.items()}
 
     def spec(names):
-        return PartitionSpec(*(None if name is None or name in whole else TABLE[name] for name in names))
+        return PartitionSpec(*(cut.get(name) for name in names))
 
     # Kernels do not say along which axes their results vary, so that cannot be checked.
     mapped = jax.shard_map(function, in_specs=tuple(map(spec, axes)), out_specs=spec(out_axes), check_vma=False)
@@ -232,7 +232,7 @@ def partition_spec(
     name: str = "array",
     table: Mapping[str, tuple[str, ...]] = TABLE,
 ) -> PartitionSpec:
-    """Where each dimension of an array goes. A dimension that its mesh axes do not divide stays whole.
+    """Where each dimension of an array goes. One that its mesh axes do not divide is cut along those that do, if any.
 
     Args:
         axes: the logical axis of each dimension.
@@ -248,20 +248,29 @@ def partition_spec(
     for dimension, axis in enumerate(axes):
         if axis is not None and axis not in table:
             raise ValueError(f"{name}: logical axis {axis!r} is not in the table; it has {', '.join(table)}")
-        targets = tuple(t for t in (table[axis] if axis else ()) if mesh.shape.get(t, 1) > 1)
-        for target in targets:
+        for target in table[axis] if axis else ():
+            if mesh.shape.get(target, 1) == 1:
+                continue
             if target in used:
                 raise ValueError(
                     f"{name}: axes {used[target]!r} and {axis!r} collide on mesh axis {target!r}; change the table"
                 )
             used[target] = axis
-        divides = shape[dimension] % math.prod(mesh.shape[t] for t in targets) == 0
-        entries.append((targets if len(targets) > 1 else targets[0]) if targets and divides else None)
+        targets = _that_divide(shape[dimension], table[axis], mesh) if axis else ()
+        entries.append(targets if len(targets) > 1 else (targets[0] if targets else None))
     if used and not any(entries) and math.prod(shape) >= LARGE and name not in _warned:
         _warned.add(name)
         cut = " × ".join(f"{target} {mesh.shape[target]}" for target in used)
         warnings.warn(f"{name} {list(shape)} is whole on every device: {cut} divides none of its axes", stacklevel=2)
     return PartitionSpec(*entries)
+
+
+def _that_divide(size: int, axes: tuple[str, ...], mesh) -> tuple[str, ...]:
+    """Of a dimension's mesh axes, neighbours that divide its size: those that cut it into the most parts."""
+    axes = tuple(axis for axis in axes if mesh.shape.get(axis, 1) > 1)
+    runs = [axes[first:last] for first in range(len(axes)) for last in range(first + 1, len(axes) + 1)]
+    parts = {run: math.prod(mesh.shape[axis] for axis in run) for run in runs}
+    return max((run for run in runs if size % parts[run] == 0), key=parts.get, default=())
 
 
 def param_shardings(tree, mesh: jax.sharding.Mesh):

@@ -105,6 +105,14 @@ def test_what_does_not_divide_stays_whole_and_large_ones_warn_once():
     ]
 
 
+@pytest.mark.parametrize(
+    "size, axes", [(256, ("data", "fsdp")), (64, "fsdp"), (192, "fsdp"), (12, "data"), (2, None), (3, None)]
+)
+def test_a_batch_is_cut_along_the_axes_that_divide_it(size, axes):
+    """A part of the batch, such as a student's rollouts, may have fewer examples than there are devices."""
+    assert sharding.partition_spec(("batch",), (size,), mesh(data=4, fsdp=64)) == PartitionSpec(axes)
+
+
 def test_colliding_axes_raise():
     table = {"embed": ("fsdp",), "mlp": ("tensor", "fsdp")}
     with pytest.raises(ValueError, match=r"^up/kernel: axes 'embed' and 'mlp' collide on mesh axis 'fsdp'"):

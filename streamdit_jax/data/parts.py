@@ -33,6 +33,7 @@ from streamdit_jax.errors import DataError
 MOST_PARTS = 128  # of a split, as long as they stay small
 MOST_UNITS = 512  # clips or videos in a part: what a kill can cost a process
 POLL_SECONDS = 1.0
+READ_SECONDS = 60.0
 REPORT = "report.json"
 Clip = dict[str, Any]
 
@@ -135,7 +136,8 @@ def write_parts(
     report = _report(out, splits, receipts)
     shape = _shape(out, receipts)
     if empty := [name for name, count in report.clips.items() if count == 0]:
-        if process_index == 0:
+        _put(work / "unfinished" / f"read-{process_index}.json", True)
+        if process_index == 0 and _all_have_read(work, process_count):
             shutil.rmtree(work)  # its receipts say that nothing can be used; the next call shall look again
         why = f"none of its {len(report.skipped)} videos can be used; the first: {'; '.join(report.skipped[:1])}"
         raise DataError(f"{plan['source']}: {why if report.skipped else f'split {empty[0]!r} has no clips'}")
@@ -208,6 +210,15 @@ def _receipts(parts: Sequence[_Part], out: Path, plan: dict) -> list[tuple[_Part
         else:
             time.sleep(POLL_SECONDS)
     return found
+
+
+def _all_have_read(work: Path, process_count: int) -> bool:
+    """Waits until every process has read the receipts, which it would otherwise wait for in vain; not for ever."""
+    deadline = time.monotonic() + READ_SECONDS
+    files = [work / "unfinished" / f"read-{process}.json" for process in range(process_count)]
+    while not (all_read := all(file.exists() for file in files)) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
+    return all_read
 
 
 def _report(out: Path, splits: Iterable[str], receipts: list[tuple[_Part, dict]]) -> Report:

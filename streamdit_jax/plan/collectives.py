@@ -92,11 +92,11 @@ def groups_of(attributes: str) -> np.ndarray | None:
         shape, dims, order = ([int(number) for number in part.split(",")] if part else None for part in iota.groups())
         devices = np.arange(math.prod(dims)).reshape(dims)
         return (devices if order is None else devices.transpose(order)).reshape(shape)
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+    if named := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))? \{([^}]*)\}", attributes):
         sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named.group(1))}
-        together = [name for name in sizes if f"'{name}'" in named.group(2)]
+        together = [name for name in sizes if f"'{name}'" in named.group(3)]
         order = [name for name in sizes if name not in together] + together
-        devices = np.arange(math.prod(sizes.values())).reshape(tuple(sizes.values()))
+        devices = _device_ids(named.group(2), math.prod(sizes.values())).reshape(tuple(sizes.values()))
         devices = devices.transpose([list(sizes).index(name) for name in order])
         return devices.reshape(-1, math.prod(sizes[name] for name in together))
     listed = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)*)\}", attributes)
@@ -104,6 +104,17 @@ def groups_of(attributes: str) -> np.ndarray | None:
     if not rows:
         return None
     return np.array([[int(number) for number in row.split(",")] for row in rows])
+
+
+def _device_ids(text: str | None, count: int) -> np.ndarray:
+    """The devices of a mesh in its order: all by number, or as "[2,128]T(1,0)" says, or one by one."""
+    if not text:
+        return np.arange(count)
+    if iota := re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", text):
+        dims, order = ([int(number) for number in part.split(",")] if part else None for part in iota.groups())
+        devices = np.arange(count).reshape(dims)
+        return devices if order is None else devices.transpose(order)
+    return np.array(re.findall(r"\d+", text), int)
 
 
 def axes_of(groups: np.ndarray | None, mesh_shape: dict[str, int]) -> str:
@@ -151,6 +162,8 @@ def collectives(hlo: str, mesh_shape: dict[str, int]) -> Counter:
             kind = "reduce-scatter"  # the TPU compiler's form of it: a fusion that keeps a slice of the sum
         if kind in KINDS:
             axes = axes_of(groups_of(one.attributes), mesh_shape)
+            if not axes:  # each device by itself: an axis of one device
+                return Counter()
             return Counter({(kind, axes, "count"): 1, (kind, axes, "bytes"): max(_sent(one, types))})
         if one.opcode.endswith(("-done", "-update")):
             return Counter()

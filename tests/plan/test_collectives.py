@@ -100,6 +100,16 @@ def test_bytes_of_types(type_, sizes):
         ("source_target_pairs={{0,1},{1,2},{2,3},{3,0}}", [[0, 1], [1, 2], [2, 3], [3, 0]], "fsdp"),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}", [[0, 1, 2, 3], [4, 5, 6, 7]], "fsdp"),
         ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", [[0, 4], [1, 5], [2, 6], [3, 7]], "data"),
+        (
+            "replica_groups=mesh['axis_0'=4,'axis_1'=1,'axis_2'=2], device_ids=([2,4]T(1,0)) {'axis_0'}",
+            [[0, 1, 2, 3], [4, 5, 6, 7]],
+            "fsdp",
+        ),
+        (
+            "replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([2,4]T(1,0)) {'axis_1'}",
+            [[0, 4], [1, 5], [2, 6], [3, 7]],
+            "data",
+        ),
         ("replica_groups={}", None, "data+fsdp"),
     ],
 )
@@ -125,3 +135,14 @@ ENTRY %main (q: f32[16]) -> f32[4] {
 """
     found = summary(collectives(hlo, MESH))
     assert found == {"reduce-scatter": {"count": 1, "bytes": 64, "axes": {"fsdp": {"count": 1, "bytes": 64}}}}
+
+
+def test_a_group_of_one_device_sends_nothing():
+    hlo = """HloModule alone
+
+ENTRY %main (q: f32[16]) -> f32[16] {
+  %q = f32[16]{0} parameter(0)
+  ROOT %same = f32[16]{0} all-reduce(%q), replica_groups=[8,1]<=[8], to_apply=%add
+}
+"""
+    assert summary(collectives(hlo, MESH)) == {}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from pathlib import Path
 
 from streamdit_jax import sharding
@@ -38,13 +39,16 @@ def test_the_figures_are_those_of_the_plans():
 
 def figures(report: dict) -> list[str]:
     """A row of the document's table."""
-    sent = sum(kind["bytes"] for kind in report["collectives"].values())
+    sent = Counter()
+    for kind in report["collectives"].values():
+        sent.update({axes: each["bytes"] for axes, each in kind["axes"].items()})
+    mesh = " × ".join(f"{name} {count}" for name, count in report["mesh"].items() if count > 1) or "one device"
     return [
-        " × ".join(f"{name} {count}" for name, count in report["mesh"].items() if count > 1) or "one device",
+        f"{mesh}, {report['slices']} slices" if report["slices"] > 1 else mesh,
         str(report.get("batch_size", 1)),
         size(report["argument_bytes_per_device"]),
         size(report["temporary_bytes_per_device"]),
         f"{report['hbm_share']:.1%}",
-        size(sent),
-        f"{report['compile_seconds']:.0f} s ({report['compile_cpu_seconds']:.0f} s of CPU)",
+        ", ".join(f"{axes} {size(count)}" for axes, count in sent.most_common() if count > 0.01 * sent.total()) or "",
+        f"{report['compile_seconds']:.0f} s, {size(report['host_peak_bytes'])}",
     ]

@@ -76,7 +76,7 @@ def test_target(name):
 @pytest.mark.nightly
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed: run launch/plan.sh")
 def test_a_pod_too_small_is_refused_in_one_line():
-    done = run(f"{TASK} --topology=v5e:2x4 --config.training.flow_matching.batch_size=256")
+    done = run(f"{TASK} --topology=v5e:2x4 --config.mesh.fsdp=8")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert "training.flow_matching does not fit v5e:2x4" in done.stderr and "accumulate" in done.stderr
 
