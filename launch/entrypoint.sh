@@ -28,9 +28,10 @@ for ((tries = 0; ; tries++)); do
     exit "$code"
   fi
   echo "entrypoint: ended with code $code; starting again ($((tries + 1)) of $restarts)" >&2
-  result=$code
-  forwarding sleep "${STREAMDIT_RESTART_PAUSE:-10}"
+  for ((waited = 0; waited < ${STREAMDIT_RESTART_PAUSE:-10} && signals == 0; waited++)); do
+    sleep 1
+  done
   if [ "$signals" -gt 0 ]; then
-    exit "$result"
+    exit "$code"
   fi
 done
