@@ -206,7 +206,11 @@ def map_shards(
         return function(*arrays)
     sizes = [(name, size) for array, names in zip(arrays, axes) for name, size in zip(names, array.shape) if name]
     common = {name: math.gcd(*(size for other, size in sizes if other == name)) for name, _ in sizes}
-    cut = {name: _that_divide(size, TABLE[name], mesh) or None for name, size in common.items()}
+    cut = {}
+    for name, size in common.items():
+        chosen = _that_divide(size, TABLE[name], mesh)
+        # Axes of one device are named too: backward, what is not named is summed over.
+        cut[name] = tuple(axis for axis in TABLE[name] if axis in chosen or mesh.shape[axis] == 1)
 
     def spec(names):
         return PartitionSpec(*(cut.get(name) for name in names))
