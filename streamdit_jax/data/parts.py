@@ -20,6 +20,7 @@ import os
 import shutil
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -108,12 +109,13 @@ def write_parts(
     work = out.parent / f".{out.name}.parts"
     plan = {**plan, "kind": kind, "parts": {name: [split.units, split.parts] for name, split in splits.items()}}
     plan = json.loads(json.dumps(plan))
-    if process_index > 0 and (report := _finished(out, plan)):
-        return report  # the others needed nothing of this process
-    records.check_free(out)
-    with records.writing(out):
-        (work / "unfinished").mkdir(parents=True, exist_ok=True)
-        _agree(work, plan)
+    if process_index == 0:
+        records.check_free(out)
+        with records.writing(out):
+            (work / "unfinished").mkdir(parents=True, exist_ok=True)
+            _begin(work, plan)
+    elif report := _wait_for_the_plan(work, out, plan):
+        return report
     parts = [
         _Part(
             name,
@@ -128,6 +130,8 @@ def write_parts(
     mine = parts[process_index::process_count]
     quiet = process_index > 0 or not sys.stderr.isatty()
     for part in tqdm(mine, "parts", unit="part", disable=quiet):
+        if process_index > 0 and (report := _finished(out, plan)):
+            return report  # the others needed nothing of this process
         if not _is_done(part):
             _write(part, splits[part.split].clips, kind, out)
     receipts = _receipts(parts, out, plan)
@@ -148,13 +152,34 @@ def write_parts(
     return done
 
 
-def _agree(work: Path, plan: dict) -> None:
+def _wait_for_the_plan(work: Path, out: Path, plan: dict) -> Report | None:
+    """Returns once process 0 has begun with the same plan; the report, where it has finished already."""
+    while (begun := _json(work / "unfinished" / "plan.json")) is None:
+        if report := _finished(out, plan):
+            return report
+        try:
+            records.check_free(out)
+        except DataError:
+            if report := _finished(out, plan):  # just now
+                return report
+            raise
+        time.sleep(POLL_SECONDS)
+    _compare(work, begun, plan)
+    return None
+
+
+def _begin(work: Path, plan: dict) -> None:
     """Writes the plan, or compares it with the one that work was begun with."""
     path = work / "unfinished" / "plan.json"
     begun = _json(path)
     if begun is None:
         _put(path, plan)
-    elif begun != plan:
+    else:
+        _compare(work, begun, plan)
+
+
+def _compare(work: Path, begun: dict, plan: dict) -> None:
+    if begun != plan:
         field = next(name for name in [*plan, *begun] if begun.get(name) != plan.get(name))
         raise DataError(
             f"{work}: was begun with {field} {str(begun.get(field))!r:.80}, not {str(plan.get(field))!r:.80}; "
@@ -164,7 +189,7 @@ def _agree(work: Path, plan: dict) -> None:
 
 def _write(part: _Part, clips: Callable, kind: str, out: Path) -> None:
     """Encodes and writes one part. The receipt comes last: a kill at any moment leaves the part undone, or done."""
-    partial = part.receipt.with_suffix(f".partial-{os.getpid()}")
+    partial = part.receipt.with_suffix(f".partial-{uuid.uuid4().hex}")
     skipped, shape, count, size = [], None, 0, 0
     with records.writing(out):
         writer = ArrayRecordWriter(str(partial), records.WRITER_OPTIONS)
@@ -280,6 +305,6 @@ def _json(path: Path) -> Any:
 
 def _put(path: Path, value: Any) -> None:
     """Writes JSON so that a reader sees all of it or nothing."""
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(f".{uuid.uuid4().hex}.partial")  # machines that share a directory may share a number
     partial.write_text(json.dumps(value, indent=1), encoding="utf-8")
     os.replace(partial, path)
