@@ -3,7 +3,7 @@
 The bytes of one collective are those of the larger of what a device gives and what it gets: the whole of an
 all-gather's result, of a reduce-scatter's operand, of what a permute sends. A ring moves (n − 1)/n of that over each
 link, and twice that for an all-reduce. Bodies of loops count as often as they run; of a conditional's branches the one
-that sends most.
+that sends most. Between TPU slices hosts send what the compiler gives them: the axis "slices".
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ _INSTRUCTION = re.compile(r"^(?:ROOT )?%?([\w.\-]+) = ")
 _OPCODE = re.compile(r"(?:^|[\s)}\]])([a-z][a-z\-]*)\(")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _TRIPS = re.compile(r"known_trip_count\D+(\d+)")
 
 
@@ -165,6 +166,9 @@ def collectives(hlo: str, mesh_shape: dict[str, int]) -> Counter:
             if not axes:  # each device by itself: an axis of one device
                 return Counter()
             return Counter({(kind, axes, "count"): 1, (kind, axes, "bytes"): max(_sent(one, types))})
+        if one.opcode == "send" and (transfer := _BETWEEN_SLICES.search(one.attributes)):
+            kind, given = transfer.group(1).lower().replace("_", "-"), bytes_of(one.type)[0]
+            return Counter({(kind, "slices", "count"): 1, (kind, "slices", "bytes"): given})
         if one.opcode.endswith(("-done", "-update")):
             return Counter()
         if branches := list(_branches(one)):

@@ -146,3 +146,20 @@ ENTRY %main (q: f32[16]) -> f32[16] {
 }
 """
     assert summary(collectives(hlo, MESH)) == {}
+
+
+def test_what_hosts_send_between_slices():
+    hlo = """HloModule slices
+
+ENTRY %main (q: f32[16]) -> f32[16] {
+  %q = f32[16]{0} parameter(0)
+  %after-all = token[] after-all(), frontend_attributes={MegascaleRendezvousKeyName="all-reduce.1_0"}
+  %send = (f32[16]{0}, u32[], token[]) send(%q, %after-all), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %send-done = token[] send-done(%send), channel_id=2, is_host_transfer=true
+  %recv = (f32[16]{0}, u32[], token[]) recv(%after-all), frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %recv-done = (f32[16]{0}, token[]) recv-done(%recv), channel_id=1, is_host_transfer=true
+  ROOT %sum = f32[16]{0} get-tuple-element(%recv-done), index=0
+}
+"""  # noqa: E501
+    found = summary(collectives(hlo, MESH))
+    assert found == {"all-reduce": {"count": 1, "bytes": 64, "axes": {"slices": {"count": 1, "bytes": 64}}}}
