@@ -41,6 +41,7 @@ class FakeSession:
         self.engine, self.prompt, self.seed, self.image, self.frame = engine, prompt, seed, image, frame
         self.guidance, self.strength, self.closed, self.paused = 1.0, 0.6, False, False
         self.fed, self.failure, self._last = [], None, time.perf_counter()
+        self._turn = threading.Lock()  # a change comes before a chunk is drawn, or after
 
     def get(self, timeout=None):
         if self.failure is not None:
@@ -49,9 +50,10 @@ class FakeSession:
             time.sleep(min(timeout or 0.01, 0.01))
             raise queue.Empty
         time.sleep(self.engine.delay)
-        first, count = self.frame, self.engine.chunk
-        frames = np.stack([self.picture(first + index) for index in range(count)])
-        self.frame += count
+        with self._turn:
+            first, count = self.frame, self.engine.chunk
+            frames = np.stack([self.picture(first + index) for index in range(count)])
+            self.frame += count
         now = time.perf_counter()
         chunk = Chunk(frames, first, first // count, now - self._last)
         self._last = now
@@ -63,8 +65,9 @@ class FakeSession:
         return self.image if self.image is not None else self.engine.draw(self.prompt, self.seed, number)
 
     def change(self, prompt, over=0):
-        self.prompt = prompt
-        return Receipt(self.frame // self.engine.chunk, self.frame, self.frame + (over + 2) * self.engine.chunk)
+        with self._turn:
+            self.prompt = prompt
+            return Receipt(self.frame // self.engine.chunk, self.frame, self.frame + (over + 2) * self.engine.chunk)
 
     def feed(self, frames):
         self.fed = [*frames][-1:]
