@@ -135,17 +135,28 @@ def _arrange(shape: tuple[int, ...], slices: int, devices: list) -> np.ndarray:
     return np.concatenate(parts)
 
 
+_target = jax.make_user_context(None)  # JAX keys its caches of traces by it: no trace for one device serves another
+
+
 @contextlib.contextmanager
 def on(mesh: jax.sharding.Mesh) -> Iterator[None]:
-    """Functions that are traced inside lay their activations on this mesh; on one device, nothing changes.
+    """Functions that are traced inside lay their activations on this mesh, and choose their kernels for its devices; on
+    one device, only the latter.
 
-    Lower inside it; a compiled function runs anywhere. It is the thread's own, and cannot be entered while tracing.
+    Trace and lower inside it; a compiled function runs anywhere. It is the thread's own, and cannot be entered while
+    tracing. A function called inside and outside of it is traced twice.
     """
-    if mesh.size == 1:
+    laid = contextlib.nullcontext() if mesh.size == 1 else jax.set_mesh(mesh)
+    with _target(mesh.devices.flat[0]), laid:
         yield
-        return
-    with jax.set_mesh(mesh):
-        yield
+
+
+def target() -> jax.Device:
+    """The device that one traces for: the first of the mesh of the context (`on`), or of this process.
+
+    A described device, one that is not there, has a platform and a kind like any other.
+    """
+    return _target.value or jax.devices()[0]
 
 
 def _context() -> jax.sharding.AbstractMesh | None:

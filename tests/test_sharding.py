@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -182,6 +183,35 @@ def test_a_function_sees_the_mesh_only_where_it_is_told_to():
     with sharding.on(one):
         assert lowered() == outside and "sharding" not in outside
     assert sharding.map_shards(jnp.sin, (x,), (("batch", None),), ("batch", None)).shape == x.shape
+
+
+def test_what_was_traced_for_one_device_never_serves_another():
+    class Described:
+        platform, device_kind, process_index = "tpu", "TPU v5", 0
+
+    described = jax.sharding.Mesh([Described()], ("data",))
+    traced_for = []
+
+    @jax.jit
+    def counted(x):
+        traced_for.append(sharding.target().platform)
+        return x + len(traced_for)
+
+    assert sharding.target() == jax.devices()[0]
+    here = jax.default_backend()
+    assert [float(counted(0.0)) for _ in range(2)] == [1, 1]
+    with sharding.on(described):
+        assert sharding.target() == described.devices.flat[0]
+        assert "dense<2.0" in counted.lower(0.0).as_text()
+        elsewhere = []
+        thread = threading.Thread(target=lambda: elsewhere.append(sharding.target()))
+        thread.start()
+        thread.join()
+    assert elsewhere == [jax.devices()[0]]
+    assert float(counted(0.0)) == 1 and traced_for == [here, "tpu"]
+    with pytest.raises(KeyError), sharding.on(described):
+        raise KeyError
+    assert sharding.target() == jax.devices()[0]
 
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (HERE.parent / "configs").glob("*.py")))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import streamdit_jax.kernels.window_attention as attention
+from streamdit_jax import sharding
 from streamdit_jax.kernels.windows import TokenOrder, Windows
 from streamdit_jax.models.dit import DiTConfig
 
@@ -202,15 +203,30 @@ def test_a_backend_that_declines_is_passed_over_and_the_choice_logged_once(monke
         raise NotImplementedError("needs an accelerator")
 
     monkeypatch.setitem(attention.BACKENDS, "declining", declines)
-    platform = jax.default_backend()
+    platform, kind = jax.devices()[0].platform, jax.devices()[0].device_kind
     monkeypatch.setitem(attention.PREFERENCE, platform, ("declining", "xla"))
     attention._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="streamdit_jax"):
         outs = [attention.window_attention(*small()) for _ in range(2)]
     assert np.array_equal(outs[0], attention.window_attention(*small(), backend="xla"))
     [message] = [record.getMessage() for record in caplog.records if record.name == "streamdit_jax"]
-    assert message == f"window attention on {platform}: xla (declining: needs an accelerator)"
+    assert message == f"window attention on {kind}: xla (declining: needs an accelerator)"
 
     monkeypatch.setitem(attention.PREFERENCE, platform, ("declining",))
     with pytest.raises(NotImplementedError, match="declining: needs an accelerator"):
         attention.window_attention(*small())
+
+
+def test_backends_are_tried_for_the_device_that_one_traces_for(monkeypatch):
+    monkeypatch.setitem(attention.BACKENDS, "doubling", lambda query, *rest: 2 * query)
+    monkeypatch.setitem(attention.PREFERENCE, "tpu", ("doubling", "xla"))
+
+    class Described:
+        platform, device_kind, process_index = "tpu", "TPU v5", 0
+
+    query, *rest = small()
+    run = jax.jit(lambda query: attention.window_attention(query, *rest))
+    here = run(query)
+    with sharding.on(jax.sharding.Mesh([Described()], ("data",))):
+        assert np.array_equal(run(query), 2 * query)
+    assert np.array_equal(run(query), here) and not np.array_equal(here, 2 * query)

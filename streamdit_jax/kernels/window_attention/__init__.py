@@ -4,9 +4,9 @@ import functools
 import logging
 from collections.abc import Callable
 
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
+from streamdit_jax import sharding
 from streamdit_jax.kernels.window_attention.reference import window_attention as _reference
 from streamdit_jax.kernels.window_attention.xla import window_attention as _xla
 from streamdit_jax.kernels.windows import Windows
@@ -14,15 +14,18 @@ from streamdit_jax.kernels.windows import Windows
 logger = logging.getLogger("streamdit_jax")
 
 BACKENDS: dict[str, Callable] = {"reference": _reference, "xla": _xla}
-# The plain definition materialises scores between all tokens: it specifies and tests, and is never chosen on its own.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "gpu": ("xla",), "tpu": ("xla",)}
+# Per platform of the device that one traces for, the best first; names without a backend are passed over. The plain
+# definition materialises scores between all tokens: it specifies and tests, and is never chosen on its own.
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "gpu": ("mosaic_gpu", "cudnn", "xla"),
+    "tpu": ("pallas_tpu", "xla"),
+    "cpu": ("xla",),
+}
 
 
 @functools.cache
-def _log_choice(platform: str, backend: str, passed_over: tuple[str, ...]) -> None:
-    logger.info(
-        "window attention on %s: %s%s", platform, backend, f" ({'; '.join(passed_over)})" if passed_over else ""
-    )
+def _log_choice(device: str, backend: str, passed_over: tuple[str, ...]) -> None:
+    logger.info("window attention on %s: %s%s", device, backend, f" ({'; '.join(passed_over)})" if passed_over else "")
 
 
 def window_attention(
@@ -43,8 +46,8 @@ def window_attention(
     segments: [windows, blocks of a window], the part of its window that each block belongs to, where this is data, as
         on devices that hold windows of unlike parts; only blocks of one part see each other. By default it is as
         `windows.segments` says.
-    backend: a name in `BACKENDS`; by default those of the platform are tried in order, and the first that does not
-        raise NotImplementedError serves. The choice is logged once.
+    backend: a name in `BACKENDS`; by default those of the platform of `sharding.target()` are tried in order, and the
+        first that does not raise NotImplementedError serves. The choice is logged once for each kind of device.
 
     Raises ValueError for an unknown backend, NotImplementedError if none takes the case.
     """
@@ -52,14 +55,16 @@ def window_attention(
         if backend not in BACKENDS:
             raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
         return BACKENDS[backend](query, key, value, windows, key_mask, segments)
-    platform = jax.default_backend()
+    target = sharding.target()
     passed_over = []
-    for name in PREFERENCE.get(platform, ("xla",)):
+    for name in PREFERENCE.get(target.platform, ("xla",)):
+        if name not in BACKENDS:
+            continue
         try:
             result = BACKENDS[name](query, key, value, windows, key_mask, segments)
         except NotImplementedError as reason:
             passed_over.append(f"{name}: {reason}")
             continue
-        _log_choice(platform, name, tuple(passed_over))
+        _log_choice(target.device_kind, name, tuple(passed_over))
         return result
-    raise NotImplementedError(f"no window attention on {platform}: {'; '.join(passed_over)}")
+    raise NotImplementedError(f"no window attention on {target.device_kind}: {'; '.join(passed_over)}")
