@@ -14,11 +14,14 @@ from streamdit_jax.config import Config, from_arguments
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.plan.collectives import collectives, summary
 from streamdit_jax.plan.fit import require_fit, too_large
+from streamdit_jax.plan.kernels import census
 from streamdit_jax.plan.programs import Lowered, streaming_program, training_step
 from streamdit_jax.plan.topology import Topology, describe
 
 PRECISIONS = ("auto", "float32", "bfloat16")
 EFFORT = -1.0
+# Without a GPU nothing can be autotuned, and XLA's own matrix products would be those of its worst tiles.
+COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
 LIMIT = 0.95  # beside arguments and temporaries a device holds the program, and what the runtime keeps for itself
 
 
@@ -73,19 +76,26 @@ def run(
     }
     require_fit(sizes, limit)  # what is too large already need not be compiled
     began, cpu = time.perf_counter(), time.process_time()
-    compiled = _compile(lowered, sizes, limit, effort)
+    options = COMPILER_OPTIONS.get(described.platform, {})
+    compiled = _compile(lowered, sizes, limit, effort, options)
     seconds, cpu = time.perf_counter() - began, time.process_time() - cpu
     sizes |= _memory(compiled)
     require_fit(sizes, limit)
     held = sizes["argument_bytes_per_device"] + sizes["temporary_bytes_per_device"]
+    hlo, of_gpus = compiled.as_text(), {}
+    if described.platform == "gpu":
+        guided = lowered.facts.get("forwards_in_one") != 1
+        of_gpus = {"kernels": census(hlo, guided=guided, layers=config.dit.num_layers)}
     return {
         **sizes,
         "hbm_share": round(held / described.hbm_bytes, 4),
         "flops_per_step": lowered.flops,
         "flops_per_step_per_device": None if lowered.flops is None else lowered.flops // mesh.size,
         "rematerialised_flops_per_step": lowered.repeated,
-        "collectives": summary(collectives(compiled.as_text(), dict(mesh.shape))),
+        "collectives": summary(collectives(hlo, dict(mesh.shape))),
+        **of_gpus,
         "effort": effort,
+        "compiler_options": options,
         "lower_seconds": round(lower_seconds, 1),
         "compile_seconds": round(seconds, 1),
         "compile_cpu_seconds": round(cpu, 1),
@@ -118,11 +128,13 @@ def _with_precision(config: Config, precision: str, topology: Topology) -> Confi
     return dataclasses.replace(config, dit=dataclasses.replace(config.dit, dtype=precision))
 
 
-def _compile(lowered: Lowered, sizes: dict[str, Any], limit: float, effort: float) -> jax.stages.Compiled:
+def _compile(
+    lowered: Lowered, sizes: dict[str, Any], limit: float, effort: float, options: dict[str, Any]
+) -> jax.stages.Compiled:
     before = jax.config.jax_exec_time_optimization_effort
     jax.config.update("jax_exec_time_optimization_effort", effort)
     try:
-        return lowered.lowered.compile()
+        return lowered.lowered.compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as mistake:
         message = str(mistake)
         if "RESOURCE_EXHAUSTED" not in message:

@@ -27,6 +27,14 @@ def table(report: dict[str, Any]) -> str:
             rows.append((kind, f"{sent['count']} over {axes or 'one device'}, {size(sent['bytes'])} per device"))
     if not report["collectives"]:
         rows.append(("collectives", "none"))
+    if of_gpus := report.get("kernels"):
+        rows.append(("kernels", f"{of_gpus['launches']} launches, {of_gpus['per_layer']:g} a layer"))
+        for kind, moved in of_gpus["kinds"].items():
+            read, written = size(moved["read_bytes"]), size(moved["written_bytes"])
+            rows.append((kind, f"{moved['count']}, {read} read, {written} written"))
+        for what in ("copies", "weight_copies"):
+            counted = of_gpus[what]
+            rows.append((what.replace("_", " "), f"{counted['count']}, {size(counted['bytes'])}"))
     rows.append(("compiled in", f"{report['compile_seconds']} s, {size(report['host_peak_bytes'])} of host memory"))
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
