@@ -1,8 +1,11 @@
-"""A model on disk: a directory with `model.json` and one safetensors file per part (tae, text, dit). Nothing is
+"""A model on disk: a directory with `model.json` and the safetensors files of its parts (tae, text, dit). Nothing is
 unpickled.
 
     model.json   {"format": 1, "config": {…}, "parts": {"dit": {"file", "sha256", "parameters"}}, "card": {how it was
     made}}
+
+A part of more than a gibibyte lies in several files, so that they can be read side by side: format 2, whose parts have
+{"files": [{"file", "sha256"}, …], "sha256": the digest of theirs, "parameters"}.
 
 Every file is written under a temporary name and renamed, `model.json` last, so that an interrupted save leaves the
 former model whole.
@@ -10,37 +13,29 @@ former model whole.
 
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from flax import traverse_util
 
+from streamdit_jax import weight_files
 from streamdit_jax.errors import CheckpointError
 
 MODEL_FILE = "model.json"
-FORMAT = 1
+FORMATS = (1, 2)
 
 
-def _write(path: Path, data: bytes) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        with open(partial, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as mistake:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            f"{path}: could not be written ({mistake.strerror or mistake}); what was there is unchanged"
-        ) from None
+def converted_type(key: str, stored: Any, dtype: Any) -> jnp.dtype:
+    """The type that a leaf of that name has in a model of type `dtype`: quantised weights and their scales keep their
+    own, and so does what is no floating-point number.
+    """
+    stored = jnp.dtype(stored)
+    of_quantised = stored.itemsize == 1 or key.endswith("_scale")
+    return stored if of_quantised or not jnp.issubdtype(stored, jnp.floating) else jnp.dtype(dtype)
 
 
 def save_model(
@@ -49,12 +44,14 @@ def save_model(
     parts: Mapping[str, Any],
     card: Mapping[str, Any],
     dtype: str = "float32",
+    file_bytes: int = weight_files.FILE_BYTES,
 ) -> None:
     """Writes a model directory.
 
-    parts: name → nested dict of arrays. dtype: floating-point leaves are stored so ("bfloat16" halves the size).
-        card: command, steps, hardware, metrics, seed. Raises CheckpointError, naming the file, where it cannot be
-        written; an older model there stays as it was.
+    parts: name → nested dict of arrays. dtype: floating-point leaves are stored so ("bfloat16" halves the size), but
+        for quantised ones. card: command, steps, hardware, metrics, seed. file_bytes: a part larger than that lies in
+        several files. Raises CheckpointError, naming the file, where it cannot be written; an older model there stays
+        as it was.
     """
     directory = Path(directory)
     try:
@@ -63,22 +60,28 @@ def save_model(
         raise CheckpointError(f"{directory}: cannot be a model directory ({mistake.strerror})") from None
     described, stale = {}, {path.name for path in directory.glob("*.safetensors")}
     for name, tree in parts.items():
-        flat = {
-            key: np.asarray(leaf).astype(
-                jnp.dtype(dtype) if np.asarray(leaf).dtype.kind in "fV" else np.asarray(leaf).dtype
-            )
-            for key, leaf in traverse_util.flatten_dict(tree, sep="/").items()
-        }
-        data = safetensors.numpy.save(flat)
-        digest = hashlib.sha256(data).hexdigest()
-        # The digest in the name keeps the former model's files apart until model.json names the new ones.
-        file = f"{name}-{digest[:8]}.safetensors"
-        _write(directory / file, data)
-        described[name] = {"file": file, "sha256": digest, "parameters": sum(leaf.size for leaf in flat.values())}
-    text = json.dumps({"format": FORMAT, "config": config, "parts": described, "card": card}, indent=1)
-    _write(directory / MODEL_FILE, text.encode())
-    for name in stale - {part["file"] for part in described.values()}:
+        flat = traverse_util.flatten_dict(tree, sep="/")
+        stored = (
+            (key, np.asarray(leaf).astype(converted_type(key, leaf.dtype, dtype), copy=False))
+            for key, leaf in sorted(flat.items())
+        )
+        files = weight_files.write(directory, name, stored, file_bytes)
+        if len(files) > 1:
+            files = [{"files": files, "sha256": _digest_of(files)}]
+        described[name] = {**files[0], "parameters": sum(leaf.size for leaf in flat.values())}
+    number = 2 if any("files" in part for part in described.values()) else 1
+    text = json.dumps({"format": number, "config": config, "parts": described, "card": card}, indent=1)
+    weight_files.write_file(directory / MODEL_FILE, text.encode())
+    for name in stale - {one["file"] for part in described.values() for one in _files_of(part)}:
         (directory / name).unlink(missing_ok=True)
+
+
+def _digest_of(files: Sequence[Mapping[str, str]]) -> str:
+    return hashlib.sha256("".join(file["sha256"] for file in files).encode()).hexdigest()
+
+
+def _files_of(part: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
+    return part.get("files", [part])
 
 
 def load_card(directory: str | Path) -> dict[str, Any]:
@@ -96,35 +99,59 @@ def load_card(directory: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: is damaged or not a model ({mistake})") from None
     if (
         not isinstance(described, dict)
-        or described.get("format") != FORMAT
+        or described.get("format") not in FORMATS
         or not {"config", "parts"} <= described.keys()
     ):
-        raise CheckpointError(f"{path}: is not a streamdit model of format {FORMAT}")
+        known = " or ".join(map(str, FORMATS))
+        raise CheckpointError(f"{path}: is not a streamdit model of format {known}, which this version reads")
+    for name, part in described["parts"].items():
+        if "files" in part and part["sha256"] != _digest_of(part["files"]):
+            raise CheckpointError(f"{path}: is damaged: the files of {name} are not those of its SHA-256")
     return described
 
 
 def load_part(directory: str | Path, described: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """One part's parameters, in the type they are stored in, as a nested dict.
+    """One part's parameters on the host, in the type they are stored in, as a nested dict.
 
     Raises CheckpointError, naming the file, where it is missing, truncated or altered.
     """
-    if name not in described["parts"]:
-        raise CheckpointError(
-            f"{directory}: this model has no {name}; it has {', '.join(described['parts']) or 'nothing'}"
-        )
-    part = described["parts"][name]
-    path = Path(directory) / part["file"]
-    try:
-        data = path.read_bytes()
-    except OSError as mistake:
-        raise CheckpointError(f"{path}: cannot be read ({mistake.strerror}), but {MODEL_FILE} names it") from None
-    if hashlib.sha256(data).hexdigest() != part["sha256"]:
-        raise CheckpointError(
-            f"{path}: is truncated or altered: its SHA-256 is not the one in {MODEL_FILE}; copy the model again"
-        )
-    # safetensors.numpy.load does not know bfloat16; safe_open does.
-    with safetensors.safe_open(path, framework="numpy") as file:
-        return traverse_util.unflatten_dict({key: file.get_tensor(key) for key in file.keys()}, sep="/")  # noqa: SIM118
+    return load_parts(directory, described, [name], lambda key, tensor: tensor).get(name, {})
+
+
+def load_parts(
+    directory: str | Path,
+    described: Mapping[str, Any],
+    names: Sequence[str],
+    place: Callable[[str, np.ndarray], Any],
+    by_row: Callable[[str], bool] = lambda key: False,
+) -> dict[str, Any]:
+    """Several parts, all of their files read side by side: nested dicts of what `place` makes of each tensor, whose
+    name is as "dit/blocks/feed_forward/up/kernel". by_row: of these it gets the rows of the first axis one by one, and
+    a tuple is returned.
+
+    Raises CheckpointError, naming the file, where one is missing, truncated or altered.
+    """
+    flat = weight_files.read(_files(directory, described, names), place, by_row)
+    return traverse_util.unflatten_dict(flat, sep="/")
+
+
+def part_shapes(directory: str | Path, described: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """Shapes and types of the parameters of several parts, from what stands before them in their files; raises as
+    `load_parts`, but for what only a digest tells.
+    """
+    return traverse_util.unflatten_dict(weight_files.shapes(_files(directory, described, names)), sep="/")
+
+
+def _files(directory: str | Path, described: Mapping[str, Any], names: Sequence[str]) -> list[weight_files.File]:
+    files = []
+    for name in names:
+        if name not in described["parts"]:
+            raise CheckpointError(
+                f"{directory}: this model has no {name}; it has {', '.join(described['parts']) or 'nothing'}"
+            )
+        for one in _files_of(described["parts"][name]):
+            files.append(weight_files.File(f"{name}/", Path(directory) / one["file"], one["sha256"]))
+    return files
 
 
 def check_shapes(params: Any, expected: Any, where: str) -> None:

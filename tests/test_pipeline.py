@@ -13,7 +13,7 @@ import pytest
 
 import streamdit_jax as sd
 from streamdit_jax import stream as streaming
-from streamdit_jax import weights
+from streamdit_jax import weight_files, weights
 from streamdit_jax.data import roadtrip
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
 from streamdit_jax.models.dit import DiT
@@ -414,7 +414,7 @@ def test_a_save_that_fails_leaves_the_former_model(tmp_path, monkeypatch):
     def full(_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(weights.os, "fsync", full)
+    monkeypatch.setattr(weight_files.os, "fsync", full)
     with pytest.raises(CheckpointError, match="No space left on device"):
         weights.save_model(tmp_path, {}, {"part": {"x": np.ones(3, np.float32)}}, {})
     kept = weights.load_part(tmp_path, weights.load_card(tmp_path), "part")
