@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 
 from streamdit_jax import stream as streaming
 from streamdit_jax.errors import ConfigError
+from streamdit_jax.models.dit import CachedText
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.snapshot import Snapshot
 from streamdit_jax.steering import Receipt, Steering, Text, Timetable
@@ -69,6 +70,7 @@ class Stream(Iterator[np.ndarray]):
         self.steering = Steering(self.table, pipeline.encode_prompt, **steered)
         self.start = {**start, "guidance": self.guidance, "strength": self.strength}
         self._null = pipeline.null_text(start["per_chunk_prompts"])
+        self._cached: tuple[Text, CachedText] | None = None
         self.state: streaming.StreamState | None = None
         self.step = 0
         self.decoder: Any = None  # the decoder's carried state, and references that were given but not yet shown
@@ -174,9 +176,16 @@ class Stream(Iterator[np.ndarray]):
             self._happen(self._due.popleft())
         row = self.table.row(self.step)
         source = self._enter() if row.advance else self._pipeline.no_source(self.scheme)
-        text, guidance = self.steering.text(self.step), np.full(1, self.guidance, np.float32)
+        condition = streaming.Condition(self._text(), self._null, np.full(1, self.guidance, np.float32))
         self.step += 1
-        return Forward(row, streaming.Condition(text, self._null, guidance), source)
+        return Forward(row, condition, source)
+
+    def _text(self) -> CachedText:
+        """What the next forward attends to, computed anew only where the text is another one."""
+        text = self.steering.text(self.step)
+        if self._cached is None or self._cached[0] is not text:
+            self._cached = text, self._pipeline.cache_text(text)
+        return self._cached[1]
 
     def _enter(self) -> streaming.Source:
         """The input of the frames that enter next."""

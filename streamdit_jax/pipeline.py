@@ -19,7 +19,7 @@ from streamdit_jax import weights
 from streamdit_jax.config import Config, from_mapping
 from streamdit_jax.endless import START, Stream, checked_log, first_source
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
-from streamdit_jax.models.dit import DiT, DiTConfig, Text, unstack
+from streamdit_jax.models.dit import CachedText, DiT, DiTConfig, Text, cache_text, unstack
 from streamdit_jax.models.tae import TAE, initial_decoder_state, initial_encoder_state
 from streamdit_jax.models.text import TextEncoder, tokenize, with_frame_rate
 from streamdit_jax.partition import PartitionScheme
@@ -104,6 +104,7 @@ class Pipeline:
         self._steps: dict[tuple, Any] = {}
         self._constants: dict[tuple, Any] = {}
         self._encode_text = jax.jit(self._encode_text_once)
+        self._cache_text = jax.jit(functools.partial(cache_text, config.dit))
         self._decode = jax.jit(self._decode_once)
         self._encode_video = jax.jit(self._encode_video_once)
         self._encode_frames = jax.jit(self._encode_frames_once)
@@ -263,13 +264,19 @@ class Pipeline:
             raise StreamDiTError(str(mistake)) from None
         return self._encode_text(self._text_params, tokens[None], mask[None])
 
-    def null_text(self, per_chunk_prompts: bool = False) -> Text:
-        """The empty prompt's text, which guidance leads away from; in the form of prompts per chunk where asked."""
+    def cache_text(self, text: Text) -> CachedText:
+        """What the step takes of a text; to be computed when the text changes, not at every step."""
+        return self._cache_text(self._dit_params, text)
+
+    def null_text(self, per_chunk_prompts: bool = False) -> CachedText:
+        """The empty prompt, which guidance leads away from, as the step takes it; in the form of prompts per chunk
+        where asked.
+        """
         if ("null", per_chunk_prompts) not in self._constants:
             null = self.encode_prompt("")
             if per_chunk_prompts:
                 null = side_by_side(null, null, np.zeros((1, self.config.dit.latent[0]), bool))
-            self._constants["null", per_chunk_prompts] = null
+            self._constants["null", per_chunk_prompts] = self.cache_text(null)
         return self._constants["null", per_chunk_prompts]
 
     def no_source(self, scheme: PartitionScheme) -> streaming.Source:

@@ -54,7 +54,7 @@ class StreamBatch(Iterator[np.ndarray]):
 
     def _encode(self, prompts: Sequence[str]) -> Any:
         encoded = [self._pipeline.encode_prompt(prompt) for prompt in prompts]
-        return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *encoded)
+        return self._pipeline.cache_text(jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *encoded))
 
     def change(self, prompts: Sequence[str]) -> None:
         """New prompts, one per stream, from the next micro step on."""

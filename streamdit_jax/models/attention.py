@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from streamdit_jax.kernels import window_parallel
 from streamdit_jax.kernels.windows import Windows
@@ -86,9 +86,9 @@ class SelfAttention(nn.Module):
         return window_parallel.from_windows(constrain(out, "batch", "tokens", None), self.windows)
 
 
-class CrossAttention(nn.Module):
-    """Video tokens attend to text tokens; padding is masked, for all video tokens alike or, with a mask [batch, tokens,
-    s], for each its own. Adds nothing until it is trained (zero output projection).
+class TextKeyValue(nn.Module):
+    """Keys and values of a text for one layer, each [batch, s, heads, head_dim]; its parameters are a part of
+    `CrossAttention`'s, under the same names.
     """
 
     num_heads: int
@@ -96,17 +96,42 @@ class CrossAttention(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
+    def __call__(self, text: Float[Array, "b s width"]) -> tuple[Array, Array]:
+        return _keys_and_values(text, self.num_heads, self.qk_norm, self.dtype)
+
+
+def _keys_and_values(text: Array, num_heads: int, qk_norm: str, dtype: jnp.dtype) -> tuple[Array, Array]:
+    key_value = HeadProjections(2, text.shape[-1], num_heads, dtype, name="key_value")(text)
+    key, value = (constrain(part, "batch", None, "heads", None) for part in key_value)
+    return QueryKeyNorm(qk_norm, dtype, name="key_norm")(key), value
+
+
+class CrossAttention(nn.Module):
+    """Video tokens attend to text tokens. Adds nothing until it is trained (zero output projection)."""
+
+    num_heads: int
+    qk_norm: str
+    dtype: jnp.dtype
+
+    @nn.compact
     def __call__(
-        self, x: Float[Array, "b tokens width"], text: Float[Array, "b s width"], text_mask: Bool[Array, "b *tokens s"]
+        self,
+        x: Float[Array, "b tokens width"],
+        text: Float[Array, "b s width"] | tuple[Array, Array],
+        reads: Int[Array, "b"] | Bool[Array, "b tokens s"],
     ) -> Float[Array, "b tokens width"]:
+        """text: a sequence, or what `TextKeyValue` made of it. reads: how many of its first tokens all video tokens
+        attend to, or, for each video token, to which.
+        """
         width = x.shape[-1]
         query = nn.Dense(width, dtype=self.dtype, name="query")(x)
         query = constrain(rearrange(query, "b s (heads dim) -> b s heads dim", heads=self.num_heads), *HEADS)
-        key_value = HeadProjections(2, width, self.num_heads, self.dtype, name="key_value")(text)
-        key, value = (constrain(part, "batch", None, "heads", None) for part in key_value)
         query = QueryKeyNorm(self.qk_norm, self.dtype, name="query_norm")(query)
-        key = QueryKeyNorm(self.qk_norm, self.dtype, name="key_norm")(key)
-        mask = text_mask[:, None] if text_mask.ndim == 3 else text_mask[:, None, None]
-        out = constrain(jax.nn.dot_product_attention(query, key, value, mask=mask), *HEADS)
+        if isinstance(text, tuple):
+            key, value = text
+        else:
+            key, value = _keys_and_values(text, self.num_heads, self.qk_norm, self.dtype)
+        which = {"key_value_seq_lengths": reads} if reads.ndim == 1 else {"mask": reads[:, None]}
+        out = constrain(jax.nn.dot_product_attention(query, key, value, **which), *HEADS)
         project = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")
         return constrain(project(rearrange(out, "b s heads dim -> b s (heads dim)")), "batch", "tokens", None)

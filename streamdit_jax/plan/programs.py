@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from streamdit_jax import flops, sharding, stream
 from streamdit_jax.config import Config
 from streamdit_jax.errors import ConfigError
-from streamdit_jax.models.dit import DiTConfig, parameter_count, unstack
+from streamdit_jax.models.dit import DiTConfig, cache_text, parameter_count, unstack
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.pipeline import initialise, streaming_step
 
@@ -86,7 +86,8 @@ def streaming_program(config: Config, mesh: jax.sharding.Mesh) -> Lowered:
         tokens = flops.text_tokens(config) // len(config.text)
         text = tuple((jnp.zeros((1, tokens, of.width)), jnp.ones((1, tokens), bool)) for of in config.text)
         source = stream.Source(jnp.zeros((1, shape.chunk_size, *frame)), jnp.zeros((1, shape.chunk_size)))
-        return unstack(params), state, stream.Condition(text, text, jnp.full(1, guidance)), source
+        cached = cache_text(config.dit, params, text)
+        return unstack(params), state, stream.Condition(cached, cached, jnp.full(1, guidance)), source
 
     params, state, condition, source = jax.eval_shape(begin, jax.random.key(0))
     row = jax.eval_shape(lambda: stream.stack_rows([stream.row_at(stream.streaming_rows(scheme), 0)]))
@@ -99,7 +100,7 @@ def streaming_program(config: Config, mesh: jax.sharding.Mesh) -> Lowered:
         lowered = streaming_step(config.dit, shape, config.sampling.filling == "ramp").lower(*arguments)
     forwards = 1 if guidance == 1 else 2
     facts = {"scheme": config.sampling.scheme, "guidance": guidance, "forwards_in_one": forwards}
-    counted = forwards * flops.of_model(config, text_is_cached=False)["total"]
+    counted = forwards * flops.of_model(config)["total"]
     return Lowered(lowered, arguments, parameter_count(params), counted, 0, facts)
 
 
