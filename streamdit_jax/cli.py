@@ -168,6 +168,8 @@ def _bench(arguments) -> int:
 
 
 def _plan(arguments) -> int:
+    if arguments.roofline:
+        return _roofline(arguments)
     from streamdit_jax.plan.topology import only_describe
 
     only_describe(arguments.topology)
@@ -187,6 +189,16 @@ def _plan(arguments) -> int:
     )
     report = {"command": arguments.spelled, **report}
     print(json.dumps(report) if arguments.json else table(report))
+    return 0
+
+
+def _roofline(arguments) -> int:
+    from streamdit_jax.plan.report import roofline_of
+    from streamdit_jax.plan.table import roofline_table
+
+    report = roofline_of(arguments.overrides, arguments.topology, precision=arguments.precision)
+    report = {"command": arguments.spelled, **report}
+    print(json.dumps(report) if arguments.json else roofline_table(report))
     return 0
 
 
@@ -316,10 +328,13 @@ def _parser() -> argparse.ArgumentParser:
         "--topology", required=True, help="v5e:4x4, v5p:8x8x4, v6e:16x16, tpu7x:4x4x4, h100:8, h200:8, or cpu:8"
     )
     plan.add_argument("--what", choices=("train", "stream"), default="train")
+    plan.add_argument(
+        "--roofline", action="store_true", help="compile nothing: what streaming takes at least on one h100 or h200"
+    )
     plan.add_argument("--stage", help="the stage of training; the configuration's last one by default")
     plan.add_argument("--bucket", help="one of the stage's buckets; its own shape by default")
     plan.add_argument("--slices", type=int, help="TPU slices of that topology; mesh.slices by default")
-    plan.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    plan.add_argument("--precision", choices=("auto", "float32", "bfloat16", "fp8"), default="auto")
     plan.add_argument("--limit", type=float, default=0.95, help="share of a device's memory that the step may take")
     plan.add_argument("--effort", type=float, default=-1.0, help="of the compiler, from -1 (quick) to 1; runs have 0")
     plan.add_argument("--json", action="store_true", help="one JSON object on one line")

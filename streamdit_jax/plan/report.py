@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from streamdit_jax import machine, sharding
+from streamdit_jax import machine, roofline, sharding
 from streamdit_jax.config import Config, from_arguments
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.plan.collectives import collectives, summary
@@ -102,6 +102,26 @@ def run(
         "host_peak_bytes": machine.peak_bytes()[0],
         "host": machine.hardware(),
         "versions": machine.versions() | _compiler(described),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def roofline_of(overrides: Sequence[str], topology: str, *, precision: str = "auto") -> dict[str, Any]:
+    """The bounds of a configuration's streaming loop on one GPU of a topology; nothing is compiled, no device touched.
+
+    precision: auto | float32 | bfloat16 | fp8. Raises ConfigError for a topology whose rates nobody measured.
+    """
+    config, (kind, *_) = from_arguments(overrides), topology.split(":")
+    if kind not in roofline.RATES:
+        raise ConfigError(f"--roofline: the rates of {kind!r} are not known, only those of {', '.join(roofline.RATES)}")
+    if precision == "auto":
+        precision = "bfloat16" if config.dit.dtype == "auto" else config.dit.dtype
+    return {
+        "what": "roofline",
+        "config": config.name,
+        "topology": kind,
+        **roofline.streaming(config, roofline.RATES[kind], precision),
+        "versions": {"streamdit_jax": machine.versions()["streamdit_jax"]},
         "date": time.strftime("%Y-%m-%d"),
     }
 

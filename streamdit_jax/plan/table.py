@@ -40,6 +40,32 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
+def roofline_table(report: dict[str, Any]) -> str:
+    """The bounds of the streaming loop as Markdown tables: the forward's kernels, the decoder's, frames per second."""
+    fps = (
+        f"denoiser alone {report['denoise_fps']:g} frames per second, end to end {report['end_to_end_fps']:g}: "
+        f"{report['frames_per_chunk']} frames take {report['forwards_per_chunk']} forwards and a decoding, "
+        f"which is {report['decoder_share']:.1%} of it"
+    )
+    sections = [f"{report['config']} on {report['topology']}, {report['scheme']} at guidance {report['guidance']:g}"]
+    for name, precision in (("forward", report["precision"]), ("decoder", report["decoder_precision"])):
+        sections.append("\n".join((f"{name}, {precision}", "", *roofline_rows(report[name]))))
+    return "\n\n".join([*sections, fps])
+
+
+def roofline_rows(bounds: dict[str, Any]) -> list[str]:
+    """The lines of one Markdown table: every kernel, then the sum of each kind, then of all."""
+    lines = ["| kernel | kind | runs | TFLOP | GB | ms at least | by |", "|---|---|---:|---:|---:|---:|---|"]
+    sums = [{"name": f"**all {kind}**", "kind": kind, **each} for kind, each in bounds["kinds"].items()]
+    for row in (*bounds["rows"], *sums, {"name": "**all**", "kind": "", **bounds}):
+        moved = (row["read_bytes"] + row["written_bytes"]) / 1e9
+        lines.append(
+            f"| {row['name']} | {row['kind']} | {row['count']} | {row['flops'] / 1e12:.2f} | {moved:.2f} "
+            f"| {row['ms']:.2f} | {row.get('by', '')} |"
+        )
+    return lines
+
+
 def count(number: float) -> str:
     """A number for readers, as "4.12 G"."""
     for unit, power in (("P", 15), ("T", 12), ("G", 9), ("M", 6)):
