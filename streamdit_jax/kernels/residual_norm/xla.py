@@ -1,0 +1,52 @@
+"""The residual norm by XLA, in the form that each compiler makes the fewest passes of.
+
+For GPUs, a norm whose statistics are one row's mean, and then the mean of squares of what is centred, becomes one
+Triton kernel that reads and writes every token once; statistics gathered together, E[x²] − E[x]², would be a reduction
+of its own that reads them once more. Elsewhere it is the other way about: two sums over the same values are one
+reduction. On a GPU the sum before the norm stays a kernel of its own.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from streamdit_jax import sharding
+from streamdit_jax.kernels.windows import TokenOrder
+
+
+def residual_norm(x, branch, gate, scale, shift, order: TokenOrder, position=None, norm="layer", epsilon=1e-6):
+    """See `streamdit_jax.kernels.residual_norm.residual_norm`."""
+    joined = sharding.parts("tokens") > 1
+
+    def split(tokens):
+        return order.split_frames(tokens.astype(jnp.float32), joined)
+
+    def spread(value):
+        value = value.astype(jnp.float32)
+        return order.spread_frames(value, joined) if value.ndim == 3 else value
+
+    residual = split(x)
+    if branch is not None:
+        residual += split(branch) if gate is None else split(branch) * spread(gate)
+    if position is not None:
+        frame, row, column = (order.spread(table.astype(jnp.float32), axis) for axis, table in enumerate(position))
+        residual += split((frame + row + column).reshape(1, order.num_tokens, -1))
+    residual = residual.astype(x.dtype).reshape(x.shape)
+    if sharding.target().platform == "gpu" and (branch is not None or position is not None):
+        residual = jax.lax.optimization_barrier(residual)  # otherwise it is computed twice, from what it is the sum of
+    hidden = normalise(split(residual), norm, epsilon) * (1 + spread(scale))
+    if shift is not None:
+        hidden += spread(shift)
+    return residual, hidden.astype(x.dtype).reshape(x.shape)
+
+
+def normalise(x: Float[Array, "*tokens d"], norm: str, epsilon: float) -> Float[Array, "*tokens d"]:
+    """x over its standard deviation ("layer") or root mean square ("rms") along the last axis."""
+    if norm == "rms":
+        return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + epsilon)
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    if sharding.target().platform == "gpu":
+        variance = jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True)
+    else:
+        variance = jnp.maximum(0, jnp.mean(jnp.square(x), axis=-1, keepdims=True) - jnp.square(mean))
+    return (x - mean) * jax.lax.rsqrt(variance + epsilon)
