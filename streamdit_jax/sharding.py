@@ -45,6 +45,10 @@ TABLE: dict[str, tuple[str, ...]] = {
 # the taps of a convolution) is whole on every device, as is everything that no rule names.
 RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"(bias|scale|latent_mean|latent_std|count|step)$", ()),
+    (r"qkv/quantized_kernel$", ("heads", "embed")),  # quantised kernels lie as [out, in]
+    (r"attention/out/quantized_kernel$", ("embed", "heads")),
+    (r"(up|gate)/quantized_kernel$", ("mlp", "embed")),
+    (r"down/quantized_kernel$", ("embed", "mlp")),
     (r"(qkv|query|key|value|key_value)/kernel$", ("embed", "heads")),
     (r"attention/out/kernel$", ("heads", "embed")),
     (r"patch_embedding/kernel$", (None, "embed")),
@@ -146,7 +150,8 @@ def on(mesh: jax.sharding.Mesh) -> Iterator[None]:
     Trace and lower inside it; a compiled function runs anywhere. It is the thread's own, and cannot be entered while
     tracing. A function called inside and outside of it is traced twice.
     """
-    laid = contextlib.nullcontext() if mesh.size == 1 else jax.set_mesh(mesh)
+    # On one device nothing is laid, but Pallas asks the context for the kind of TPU.
+    laid = jax.sharding.use_abstract_mesh(mesh.abstract_mesh) if mesh.size == 1 else jax.set_mesh(mesh)
     with _target(mesh.devices.flat[0]), laid:
         yield
 
