@@ -1,4 +1,5 @@
-"""The command line: streamdit stream | train | encode | evaluate | bench | plan | serve | export | average | figure.
+"""The command line: streamdit stream | train | encode | evaluate | bench | plan | serve | quantize | export | average |
+figure.
 
 A user's mistake ends in one clear line on standard error and exit code 2; with --json, standard output holds one JSON
 object and nothing else.
@@ -44,9 +45,10 @@ def _say(line: str) -> None:
 
 
 def _train(arguments) -> int:
-    from streamdit_jax.config import from_arguments
+    from streamdit_jax.config import from_arguments, require_trainable
 
     config = from_arguments(arguments.overrides)
+    require_trainable(config)
     cluster = distributed.start(_say)
     first = cluster is None or cluster.process == 0
     _enable_compilation_cache()
@@ -123,6 +125,24 @@ def _average(arguments) -> int:
     return 0
 
 
+def _quantize(arguments) -> int:
+    _enable_compilation_cache()
+    from streamdit_jax.evaluation import quantized
+
+    report = quantized.run(
+        arguments.model,
+        arguments.out,
+        prompts=arguments.prompt,
+        check=arguments.check,
+        chunks=arguments.chunks,
+        seed=arguments.seed,
+        command=arguments.spelled,
+    )
+    report = {"command": arguments.spelled, **report}
+    print(json.dumps(report) if arguments.json else quantized.summary(report))
+    return 0
+
+
 def _evaluate(arguments) -> int:
     _enable_compilation_cache()
     from streamdit_jax.evaluation import evaluate
@@ -161,6 +181,7 @@ def _bench(arguments) -> int:
         filling=arguments.filling,
         seconds=arguments.seconds,
         sessions=arguments.sessions,
+        peer=arguments.compare,
     )
     report = {"command": arguments.spelled, **report}
     print(json.dumps(report, indent=None if arguments.json else 1))
@@ -291,6 +312,19 @@ def _parser() -> argparse.ArgumentParser:
     average.add_argument("out", help="the directory to write; a model there is replaced")
     average.add_argument("models", nargs="+", metavar="model", help="a bundled model's name, or a directory")
 
+    quantize = command("quantize", _quantize, "quantise a model for fp8 inference, and measure what that costs")
+    quantize.add_argument("--model", default="roadtrip", help="a bundled model's name, or a directory that train wrote")
+    quantize.add_argument("--out", required=True, help="the directory to write; a model there is replaced")
+    quantize.add_argument(
+        "--prompt", action="append", default=[], help="a prompt to calibrate with; repeat it, one at least"
+    )
+    quantize.add_argument(
+        "--check", action="append", default=[], metavar="PROMPT", help="a prompt to measure with; repeat it"
+    )
+    quantize.add_argument("--chunks", type=int, default=8, help="chunks that leave the buffer for each prompt")
+    quantize.add_argument("--seed", type=int, default=0)
+    quantize.add_argument("--json", action="store_true", help="one JSON object on one line")
+
     evaluate = command("evaluate", _evaluate, "measure what a model makes: PSNR, and what a probe reads in streams")
     evaluate.add_argument("what", choices=("autoencoder", "streams", "long", "switch", "samplers"))
     evaluate.add_argument("--prompts", type=int, help="clips or prompts; 10 to 100, by what is measured")
@@ -314,12 +348,13 @@ def _parser() -> argparse.ArgumentParser:
     bench = command("bench", _bench, "measure the streaming loop, or the training step, on this machine")
     bench.add_argument("--what", choices=("stream", "train"), default="stream")
     bench.add_argument("--model", help="a bundled model's name, or a directory that train wrote")
-    bench.add_argument("--precision", choices=("auto", "float32", "bfloat16"), default="auto")
+    bench.add_argument("--precision", choices=("auto", "float32", "bfloat16", "bf16", "fp8"), default="auto")
     bench.add_argument("--scheme", help="partition scheme, such as N8c2s2; the configuration's own by default")
     bench.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
     bench.add_argument("--filling", choices=("uniform", "ramp"), help="how the buffer is filled")
     bench.add_argument("--seconds", type=float, default=60.0, help="how long the loop runs end to end")
     bench.add_argument("--sessions", default="1,2,4", help="numbers of sessions in one batch")
+    bench.add_argument("--compare", action="store_true", help="also time a PyTorch model of the same shape")
     bench.add_argument("--json", action="store_true", help="one JSON object on one line")
     bench.epilog = "--config=FILE.py instead of --model: random weights; --config.a.b=VALUE overrides a field of it."
 

@@ -245,6 +245,15 @@ def from_mapping(mapping: Mapping[str, Any]) -> Config:
     return _build(Config, _plain(mapping), "")
 
 
+def require_trainable(config: Config) -> None:
+    """ConfigError for a configuration whose transformer is quantised: rounded weights have no use for a gradient."""
+    if config.dit.quantization != "none":
+        raise ConfigError(
+            f"dit.quantization: {config.dit.quantization} is for inference; train with none, and quantise the result "
+            "with `streamdit quantize`"
+        )
+
+
 def _plain(value: Any) -> Any:
     """A ConfigDict as a dict."""
     return value.to_dict() if hasattr(value, "to_dict") else value

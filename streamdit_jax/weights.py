@@ -43,15 +43,15 @@ def save_model(
     config: Mapping[str, Any],
     parts: Mapping[str, Any],
     card: Mapping[str, Any],
-    dtype: str = "float32",
+    dtype: str | None = "float32",
     file_bytes: int = weight_files.FILE_BYTES,
 ) -> None:
     """Writes a model directory.
 
     parts: name → nested dict of arrays. dtype: floating-point leaves are stored so ("bfloat16" halves the size), but
-        for quantised ones. card: command, steps, hardware, metrics, seed. file_bytes: a part larger than that lies in
-        several files. Raises CheckpointError, naming the file, where it cannot be written; an older model there stays
-        as it was.
+        for quantised ones; None: as they are. card: command, steps, hardware, metrics, seed. file_bytes: a part larger
+        than that lies in several files. Raises CheckpointError, naming the file, where it cannot be written; an older
+        model there stays as it was.
     """
     directory = Path(directory)
     try:
@@ -62,7 +62,7 @@ def save_model(
     for name, tree in parts.items():
         flat = traverse_util.flatten_dict(tree, sep="/")
         stored = (
-            (key, np.asarray(leaf).astype(converted_type(key, leaf.dtype, dtype), copy=False))
+            (key, np.asarray(leaf).astype(converted_type(key, leaf.dtype, dtype or leaf.dtype), copy=False))
             for key, leaf in sorted(flat.items())
         )
         files = weight_files.write(directory, name, stored, file_bytes)
@@ -173,7 +173,8 @@ def average(directories: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]
     configuration, the first one's, and the parts.
 
     Summed in float32; a part that is the same file in all of them is that part. CheckpointError, naming the model,
-    where one has other parts or parameters than the first.
+    where one has other parts or parameters than the first, and for transformers that are quantised: the mean of scaled
+    values is none of theirs.
     """
     cards = [load_card(directory) for directory in directories]
     names = sorted(cards[0]["parts"])
@@ -186,6 +187,11 @@ def average(directories: Sequence[Path]) -> tuple[dict[str, Any], dict[str, Any]
     for name in names:
         total = load_part(directories[0], cards[0], name)
         if len({card["parts"][name]["sha256"] for card in cards}) > 1:
+            if any(jnp.dtype(leaf.dtype).itemsize == 1 for leaf in jax.tree.leaves(total)):
+                raise CheckpointError(
+                    f"{directories[0]}: its {name} is quantised, and scaled values have no mean; average the models "
+                    "that these were made from, and quantise the result"
+                )
             total = jax.tree.map(lambda x: x.astype(np.float32), total)
             for directory, card in zip(directories[1:], cards[1:]):
                 other = load_part(directory, card, name)

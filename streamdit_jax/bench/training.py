@@ -10,6 +10,7 @@ import numpy as np
 from streamdit_jax import flops
 from streamdit_jax.bench.streaming import LEAST, quantiles
 from streamdit_jax.bench.subject import Subject
+from streamdit_jax.config import require_trainable
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.text import tokenize
 
@@ -19,7 +20,8 @@ COPIES = 5
 
 
 def require_stage(subject: Subject) -> None:
-    """ConfigError where the configuration trains no transformer. No device is touched."""
+    """ConfigError where the configuration trains no transformer, or a quantised one. No device is touched."""
+    require_trainable(subject.config)
     if subject.config.training.flow_matching is None:
         raise ConfigError("--what: train measures training.flow_matching, which this configuration does not have")
 

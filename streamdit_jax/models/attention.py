@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from streamdit_jax.kernels import window_parallel
 from streamdit_jax.kernels.windows import Windows
 from streamdit_jax.models.embeddings import rotate
+from streamdit_jax.models.linear import Linear, Weights, declare, multiply
 from streamdit_jax.sharding import constrain, parts
 
 HEADS = ("batch", "tokens", "heads", None)
@@ -32,29 +33,38 @@ class QueryKeyNorm(nn.Module):
 
 
 class HeadProjections(nn.Module):
-    """`count` linear maps side by side, each onto the heads of `width`; their parameters are those of one Dense.
+    """`count` linear maps side by side, each onto the heads of `width`; their parameters are those of one `Linear`.
 
-    Where devices share the heads, each needs some columns of every map, and these do not lie side by side: the kernel
-    is regrouped for them, not what it makes of the tokens.
+    Where devices share the heads, each needs some outputs of every map, and these do not lie side by side: the weights
+    are regrouped for them, not what they make of the tokens.
     """
 
     count: int
     width: int
     num_heads: int
     dtype: jnp.dtype
+    quantized: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b s inputs"]) -> Float[Array, "n b s heads dim"]:
         count, width = self.count, self.width
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], count * width))
-        bias = self.param("bias", nn.initializers.zeros, (count * width,))
-        x, kernel, bias = (value.astype(self.dtype) for value in (x, kernel, bias))
-        if parts("heads") == 1:
-            out = (x @ kernel + bias).reshape(*x.shape[:2], count, width)
-        else:
-            kernel = constrain(kernel.reshape(-1, count, width), "embed", None, "heads")
-            out = jnp.einsum("bsi,inw->bsnw", x, kernel) + constrain(bias.reshape(count, width), None, "heads")
+        weights = declare(self, x.shape[-1], count * width, self.quantized)
+        if parts("heads") > 1:
+            weights = _by_map(weights, count, self.dtype)
+        out = multiply(x, weights, self.dtype).reshape(*x.shape[:2], count, width)
         return rearrange(out, "b s n (heads dim) -> n b s heads dim", heads=self.num_heads)
+
+
+def _by_map(weights: Weights, count: int, dtype: jnp.dtype) -> Weights:
+    """The weights of maps side by side, with an axis over the maps: [count, width] where it was [count · width]."""
+    bias = constrain(weights.bias.astype(dtype).reshape(count, -1), None, "heads")
+    if weights.input_scale is None:
+        kernel = weights.kernel.astype(dtype).reshape(-1, count, bias.shape[-1])  # sent as what is multiplied
+        kernel = constrain(kernel, "embed", None, "heads")
+        return Weights(kernel, bias)
+    kernel = constrain(weights.kernel.reshape(count, -1, weights.kernel.shape[-1]), None, "heads", "embed")
+    scale = constrain(weights.kernel_scale.reshape(count, -1), None, "heads")
+    return Weights(kernel, bias, scale, weights.input_scale)
 
 
 class SelfAttention(nn.Module):
@@ -64,6 +74,7 @@ class SelfAttention(nn.Module):
     qk_norm: str
     windows: Windows
     dtype: jnp.dtype
+    quantized: bool = False
 
     @nn.compact
     def __call__(
@@ -74,7 +85,7 @@ class SelfAttention(nn.Module):
     ) -> Float[Array, "b tokens width"]:
         width = x.shape[-1]
         x = window_parallel.to_windows(x, self.windows)
-        qkv = HeadProjections(3, width, self.num_heads, self.dtype, name="qkv")(x)
+        qkv = HeadProjections(3, width, self.num_heads, self.dtype, self.quantized, name="qkv")(x)
         query, key, value = (constrain(part, *HEADS) for part in qkv)
         query = QueryKeyNorm(self.qk_norm, self.dtype, name="query_norm")(query)
         key = QueryKeyNorm(self.qk_norm, self.dtype, name="key_norm")(key)
@@ -82,7 +93,8 @@ class SelfAttention(nn.Module):
             angles = window_parallel.in_windows(angles, self.windows)
             query, key = rotate(query, angles), rotate(key, angles)
         out = window_parallel.window_attention(query, key, value, self.windows, key_mask)
-        out = nn.Dense(width, dtype=self.dtype, name="out")(rearrange(out, "b s heads dim -> b s (heads dim)"))
+        project = Linear(width, self.dtype, self.quantized, name="out")
+        out = project(rearrange(out, "b s heads dim -> b s (heads dim)"))
         return window_parallel.from_windows(constrain(out, "batch", "tokens", None), self.windows)
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 from streamdit_jax.kernels.windows import TokenOrder, Windows
 from streamdit_jax.models.attention import CrossAttention, SelfAttention, TextKeyValue
 from streamdit_jax.models.embeddings import FactorisedPosition, TextProjection, TimeEmbedding, rotary_angles
+from streamdit_jax.models.linear import Linear
 from streamdit_jax.sharding import constrain, parts
 
 Axes = tuple[int, int, int]
@@ -63,6 +64,8 @@ class DiTConfig:
         (chosen; not in the paper, and off in its configuration).
     dtype: auto (bfloat16 on accelerators, float32 on CPUs) | float32 | bfloat16: the type of the arithmetic, not of
         the parameters.
+    quantization: none | fp8: whether the projections of self-attention and feed-forward are quantised (see
+        `models.linear`), which `streamdit quantize` makes and training refuses.
     """
 
     latent: tuple[int, int, int, int]
@@ -85,6 +88,7 @@ class DiTConfig:
     time_frequencies: int = 256
     remat: str = "full"
     dtype: str = "auto"
+    quantization: str = "none"
 
     def __post_init__(self):
         choices = {
@@ -96,6 +100,7 @@ class DiTConfig:
             "text_projection": ("linear_norm", "mlp"),
             "remat": ("none", "dots", "full"),
             "dtype": ("auto", "float32", "bfloat16"),
+            "quantization": ("none", "fp8"),
         }
         for field, allowed in choices.items():
             if getattr(self, field) not in allowed:
@@ -206,13 +211,17 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b tokens width"]) -> Float[Array, "b tokens width"]:
-        dtype, hidden = self.config.compute_dtype, self.config.ffn_width
-        up = constrain(nn.Dense(hidden, dtype=dtype, name="up")(x), "batch", "tokens", "mlp")
-        if self.config.ffn == "swiglu":
-            up = up * nn.silu(nn.Dense(hidden, dtype=dtype, name="gate")(x))
+        config = self.config
+
+        def linear(features, name):
+            return Linear(features, config.compute_dtype, config.quantization != "none", name=name)
+
+        up = constrain(linear(config.ffn_width, "up")(x), "batch", "tokens", "mlp")
+        if config.ffn == "swiglu":
+            up = up * nn.silu(linear(config.ffn_width, "gate")(x))
         else:
             up = nn.gelu(up, approximate=True)
-        return constrain(nn.Dense(self.config.width, dtype=dtype, name="down")(up), *TOKENS)
+        return constrain(linear(config.width, "down")(up), *TOKENS)
 
 
 class Modulation(nn.Module):
@@ -269,7 +278,14 @@ class Block(nn.Module):
             angles = rotary_angles(order, config.head_dim)
 
         hidden = modulate(_norm(config)(x), attention_shift, attention_scale)
-        attention = SelfAttention(config.num_heads, config.qk_norm, self.windows, dtype, name="self_attention")
+        attention = SelfAttention(
+            config.num_heads,
+            config.qk_norm,
+            self.windows,
+            dtype,
+            config.quantization != "none",
+            name="self_attention",
+        )
         x = constrain(x + gated(attention(hidden, angles, key_mask), attention_gate), *TOKENS)
         if config.cross_attention:
             hidden = _norm(config, affine=True, name="cross_norm")(x)

@@ -11,6 +11,7 @@ takes the two conversions into the product (cuBLASLt; the weights have to lie as
 the bias join the elementwise work that follows.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import flax.linen as nn
@@ -32,6 +33,12 @@ class Weights(NamedTuple):
     bias: Array
     kernel_scale: Array | None = None
     input_scale: Array | None = None
+
+    @classmethod
+    def of(cls, params: Mapping[str, Array]) -> "Weights":
+        """Those of a map's parameters, quantised or not."""
+        kernel = params[QUANTIZED] if QUANTIZED in params else params["kernel"]
+        return cls(kernel, params["bias"], params.get("kernel_scale"), params.get("input_scale"))
 
 
 class Linear(nn.Module):
@@ -70,9 +77,7 @@ def multiply(x: Float[Array, "*batch inputs"], weights: Weights, dtype: jnp.dtyp
     if quantized:
         x = to_float8(x, weights.input_scale)
     inputs = weights.kernel.ndim - 1 if quantized else 0
-    out = jax.lax.dot_general(
-        x.astype(dtype), weights.kernel.astype(dtype), (((x.ndim - 1,), (inputs,)), ((), ()))
-    )
+    out = jax.lax.dot_general(x.astype(dtype), weights.kernel.astype(dtype), (((x.ndim - 1,), (inputs,)), ((), ())))
     if quantized:
         out = out.astype(jnp.float32) * (weights.input_scale * weights.kernel_scale)
     return (out + weights.bias.astype(out.dtype)).astype(dtype)
@@ -104,16 +109,3 @@ def as_scale(largest: Float[Array, "..."]) -> Float[Array, "..."]:
     """The scale that takes ±`largest` to ±448, float32; 1 where there is nothing to scale."""
     largest = jnp.asarray(largest, jnp.float32)
     return jnp.where(largest > 0, largest / LARGEST, 1)
-
-
-def cast(params, dtype: jnp.dtype):
-    """A tree of parameters in the type of the arithmetic, on the device, but for the values and scales of quantised
-    maps, whose types are part of their meaning.
-    """
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: jnp.asarray(leaf, kept_dtype(path, leaf, dtype)), params)
-
-
-def kept_dtype(path, leaf, dtype: jnp.dtype) -> jnp.dtype:
-    """The type that `cast` gives the leaf at a key path."""
-    quantized = path[-1].key in (QUANTIZED, "kernel_scale", "input_scale")
-    return jnp.dtype(leaf.dtype if quantized else dtype)

@@ -12,11 +12,12 @@ import jax
 import jax.numpy as jnp
 
 from streamdit_jax import flops, sharding, stream
-from streamdit_jax.config import Config
+from streamdit_jax.config import Config, require_trainable
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.dit import DiTConfig, cache_text, parameter_count, unstack
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.pipeline import initialise, streaming_step
+from streamdit_jax.weights import converted_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,10 @@ class Lowered:
 def training_step(config: Config, stage_name: str, bucket: str | None, mesh: jax.sharding.Mesh) -> Lowered:
     """The step of a stage, on batches of a bucket; None is the stage's own shape.
 
-    ConfigError for a bucket that the stage does not have, and for a batch that the mesh cannot cut.
+    ConfigError for a bucket that the stage does not have, for a batch that the mesh cannot cut, and for a quantised
+    model.
     """
+    require_trainable(config)
     from streamdit_jax.training.abstract import abstract_objective
     from streamdit_jax.training.program import abstract_key, make_program
 
@@ -81,7 +84,10 @@ def streaming_program(config: Config, mesh: jax.sharding.Mesh) -> Lowered:
     dtype, frame, guidance = config.dit.compute_dtype, config.dit.latent[1:], config.sampling.guidance
 
     def begin(key):
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), initialise(config, key)["dit"])
+        params = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf.astype(converted_type(sharding.path_name(path), leaf.dtype, dtype)),
+            initialise(config, key)["dit"],
+        )
         state = stream.initial_state(key[None], shape, frame, config.sampling.filling)
         tokens = flops.text_tokens(config) // len(config.text)
         text = tuple((jnp.zeros((1, tokens, of.width)), jnp.ones((1, tokens), bool)) for of in config.text)

@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from streamdit_jax import distributed, sharding, weights
-from streamdit_jax.config import Config
+from streamdit_jax.config import Config, require_trainable
 from streamdit_jax.data import encode, records, video
 from streamdit_jax.data.roadtrip_builder import prepare_roadtrip
 from streamdit_jax.errors import CheckpointError, ConfigError, DataError
@@ -121,6 +121,7 @@ def train(config: Config, workdir: str | Path, command: str = "", log=print) -> 
     Raises ConfigError before any device work for stages that the data cannot feed, DataError for the data,
     CheckpointError for checkpoints that do not fit or are damaged. SIGTERM and Ctrl-C: see `training.watch`.
     """
+    require_trainable(config)
     workdir, stages = Path(workdir), config.training
     if all(getattr(stages, field.name) is None for field in dataclasses.fields(stages)):
         names = ", ".join(field.name for field in dataclasses.fields(stages))
