@@ -224,12 +224,13 @@ def map_shards(
     common = {name: math.gcd(*(size for other, size in sizes if other == name)) for name, _ in sizes}
     cut = {}
     for name, size in common.items():
-        chosen = _that_divide(size, TABLE[name], mesh)
-        # Axes of one device are named too: backward, what is not named is summed over.
-        cut[name] = tuple(axis for axis in TABLE[name] if axis in chosen or mesh.shape[axis] == 1)
+        cut[name] = _that_divide(size, TABLE[name], mesh)
 
     def spec(names):
-        return PartitionSpec(*(cut.get(name) for name in names))
+        named = [tuple(cut.get(name, ())) for name in names]
+        # Axes of one device are named too, wherever: backward, what is not named is summed over.
+        alone = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] == 1 and axis not in sum(named, ()))
+        return PartitionSpec(named[0] + alone, *named[1:])
 
     # Kernels do not say along which axes their results vary, so that cannot be checked.
     mapped = jax.shard_map(function, in_specs=tuple(map(spec, axes)), out_specs=spec(out_axes), check_vma=False)

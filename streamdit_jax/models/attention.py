@@ -3,17 +3,17 @@
 """
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from streamdit_jax.kernels import window_parallel
+from streamdit_jax.kernels.text_attention import text_attention
 from streamdit_jax.kernels.windows import Windows
 from streamdit_jax.models.embeddings import rotate
 from streamdit_jax.models.linear import Linear, Weights, declare, multiply
-from streamdit_jax.sharding import constrain, parts
+from streamdit_jax.sharding import constrain, map_shards, parts
 
 HEADS = ("batch", "tokens", "heads", None)
 
@@ -143,7 +143,8 @@ class CrossAttention(nn.Module):
             key, value = text
         else:
             key, value = _keys_and_values(text, self.num_heads, self.qk_norm, self.dtype)
-        which = {"key_value_seq_lengths": reads} if reads.ndim == 1 else {"mask": reads[:, None]}
-        out = constrain(jax.nn.dot_product_attention(query, key, value, **which), *HEADS)
+        text_axes = ("batch", None, "heads", None)
+        axes = HEADS, text_axes, text_axes, ("batch", "tokens", None)[: reads.ndim]
+        out = map_shards(text_attention, (query, key, value, reads), axes, HEADS)  # no backend sees a mesh
         project = nn.Dense(width, dtype=self.dtype, kernel_init=nn.initializers.zeros, name="out")
         return constrain(project(rearrange(out, "b s heads dim -> b s (heads dim)")), "batch", "tokens", None)
