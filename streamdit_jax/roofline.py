@@ -32,11 +32,13 @@ SIZES = {"float32": 4, "bfloat16": 2, "fp8": 2}  # bytes of a number between ker
 
 @dataclasses.dataclass(frozen=True)
 class Rates:
-    """What a device reaches: FLOP/s of products by the type of their inputs, and bytes/s of its memory."""
+    """What a device reaches: FLOP/s of products by the type of their inputs, None where nobody measured them, and
+    bytes/s of its memory.
+    """
 
-    float32: float
-    bfloat16: float
-    fp8: float
+    float32: float | None
+    bfloat16: float | None
+    fp8: float | None
     bandwidth: float
     source: str
 

@@ -1,6 +1,7 @@
 """`streamdit bench`: what it counts, what it refuses, and one report of each kind."""
 
 import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 
 from streamdit_jax import cli, machine
-from streamdit_jax.bench import peaks, profile, run, start, streaming
+from streamdit_jax.bench import compare, peaks, profile, run, start, streaming
 from streamdit_jax.bench.compilations import Compilations
 from streamdit_jax.bench.subject import Subject, from_json, load_config, random_params, resolve
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
@@ -52,6 +53,10 @@ def pipeline(tiny):
 
 
 def test_random_weights_have_the_models_shapes_and_listen(tiny):
+    params = random_params(dataclasses.replace(tiny, dit=dataclasses.replace(tiny.dit, ffn_width=2**15)))
+    assert (
+        float(jnp.std(params["dit"]["blocks"]["feed_forward"]["up"]["kernel"])) > 0
+    )  # more numbers than the block has
     params = random_params(tiny)
     shapes = jax.eval_shape(lambda: initialise(tiny, jax.random.key(0)))
     jax.tree.map(lambda leaf, of: np.testing.assert_equal(leaf.shape, of.shape), params, shapes)
@@ -192,7 +197,14 @@ def test_memory_is_read_from_the_machine():
 
 
 def plane(name, **lines):
-    events = {line: [SimpleNamespace(name=n, duration_ns=ns) for n, ns in times] for line, times in lines.items()}
+    """Events are (kernel, nanoseconds) or (kernel, nanoseconds, instruction)."""
+    events = {
+        line: [
+            SimpleNamespace(name=n, duration_ns=ns, stats=[("hlo_op", op) for op in instruction])
+            for n, ns, *instruction in times
+        ]
+        for line, times in lines.items()
+    }
     return SimpleNamespace(
         name=name, lines=[SimpleNamespace(name=line.replace("_", " "), events=of) for line, of in events.items()]
     )
@@ -203,24 +215,93 @@ def test_kernels_are_summed_by_kind():
     planes = [
         plane(
             "/device:GPU:0",
-            Stream_1=[("nvjet_tst_128x256_h_bz_coopA_NTN", 4e6), ("cudnn_sdpa_sm90_flash_fprop", 6e6)],
+            Stream_1=[
+                ("nvjet_tst_128x256_h_bz_coopA_NTN", 4e6),
+                ("cudnn_sdpa_sm90_flash_fprop", 6e6),
+                ("cudnn_sdpa_sm90_flash_fprop", 3e6, "jit(step)/cross_attention/sdpa"),
+                ("nvjet_qqtst_128x128_TNT", 2e6, "cublas-lt-matmul.7"),
+                ("mosaic_residual_norm", 1e6),
+            ],
             Stream_2=[("loop_multiply_fusion_3", 1e6), ("MemcpyD2D", 5e5), ("loop_multiply_fusion_3", 1e6)],
             XLA_Ops=[("everything again", 9e6)],
         ),
         plane("/host:CPU", Stream_1=[("python", 1e9)]),
     ]
     table = profile.summarise(profile._kernels(planes), 2)
-    assert {key: table[key] for key in ("attention_ms", "gemm_ms", "copy_ms", "elementwise_ms")} == {
+    times = {key: value for key, value in table.items() if key != "largest_ms"}
+    assert times == {
         "attention_ms": 3,
+        "cross_attention_ms": 1.5,
         "gemm_ms": 2,
+        "fp8_gemm_ms": 1,
         "copy_ms": 0.25,
-        "elementwise_ms": 1,
+        "elementwise_ms": 1.5,
     }
     assert list(table["largest_ms"])[:2] == ["cudnn_sdpa_sm90_flash_fprop", "nvjet_tst_128x256_h_bz_coopA_NTN"]
+    bounds = {"kinds": {"attention": {"ms": 1.0}, "cross_attention": {"ms": 0.5}, "gemm": {"ms": 2.0}}}
+    assert profile.against(table, bounds) == {
+        "attention": {"measured_ms": 4.5, "bound_ms": 1.5, "times": 3.0},
+        "gemm": {"measured_ms": 3, "bound_ms": 2, "times": 1.5},
+    }
 
 
 def test_a_cpu_gives_no_kernels():
     assert profile.kernel_times(lambda: None) is None
+
+
+def test_fp8_is_measured_with_random_values_of_its_own(trainable, tiny):
+    subject = resolve([f"--config={trainable}"], None, precision="fp8")
+    assert subject.describe()["precision"] == "fp8" and from_json(subject.to_json()) == subject
+    params = random_params(subject.config)
+    types = {leaf.dtype for leaf in jax.tree.leaves(params["dit"]["blocks"]["self_attention"])}
+    assert jnp.dtype("float8_e4m3fn") in types
+    actual = {part: sum(leaf.nbytes for leaf in jax.tree.leaves(tree)) for part, tree in params.items()}
+    assert subject.parameter_bytes() == actual
+    frames = next(Pipeline(subject.config, params).stream("a red car"))
+    assert frames.std() > 1  # neither saturated nor silent
+    assert resolve([f"--config={trainable}"], None, precision="bf16").config.dit.dtype == "bfloat16"
+
+
+def test_rates_of_products_that_are_float8(monkeypatch):
+    clock = iter(np.arange(0, 1000, 0.5))
+    monkeypatch.setattr(peaks.time, "perf_counter", lambda: float(next(clock)))
+    assert peaks.product_rate(jnp.dtype("float8_e4m3fn"), 32) == 2 * 32**3 / 0.5
+
+
+def test_the_peer_is_of_our_shape_and_needs_torch(tiny, monkeypatch):
+    shapes = compare.shapes(tiny)
+    assert shapes["windows"] * np.prod(shapes["window"]) == shapes["tokens"] and shapes["text_tokens"] == 64
+    assert shapes["num_heads"] * shapes["head_dim"] == shapes["width"] == tiny.dit.width
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="--compare: needs PyTorch: pip install torch"):
+        run.run([], "roadtrip", peer=True)
+    monkeypatch.setattr(compare.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(ConfigError, match="--compare: is of streaming"):
+        compare.require_peer("train")
+
+
+def test_a_peer_that_fails_says_why(tiny, monkeypatch):
+    monkeypatch.setattr(compare.subprocess, "Popen", lambda *_, **__: Ended("", "Traceback\nOSError: no GPU\n"))
+    with pytest.raises(StreamDiTError, match="the PyTorch peer ended with 1: OSError: no GPU"):
+        compare.peer(tiny)
+
+
+def test_our_attention_is_timed_at_the_windows_shape(tiny):
+    report = compare.own_attention(tiny)
+    windows, tokens, heads, dim = report["shape"]
+    assert windows * tokens == np.prod(tiny.dit.grid) and heads * dim == tiny.dit.width and report["tflops"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="PyTorch is not installed")
+def test_a_peer_measures_attention_products_and_where_diffusers_is_a_transformer(tiny):
+    report = compare.peer(tiny)
+    assert report["attention"]["default"]["ms"] > 0 and set(report["products"]) == {"qkv", "out", "up", "down"}
+    if importlib.util.find_spec("diffusers"):
+        assert report["transformer"]["windows"]["latents"][0] == compare.shapes(tiny)["windows"]
+        assert report["transformer"]["whole"]["ms"] > 0 and any("rotary" in line for line in report["differs"])
+    else:
+        assert any("diffusers" in line for line in report["left_out"])
 
 
 def mistakes(trainable, model):
@@ -233,7 +314,8 @@ def mistakes(trainable, model):
         (config, {"scheme": "N9c9s9"}, "--scheme: N9c9s9 does not tile the buffer"),
         (config, {"scheme": "fast"}, "--scheme: 'fast' is not a partition scheme"),
         (config, {"filling": "none"}, "--filling: 'none'"),
-        (config, {"precision": "fp8"}, "--precision: 'fp8' is not one of auto, float32, bfloat16"),
+        (config, {"precision": "fp4"}, "--precision: 'fp4' is not one of auto, float32, bfloat16, fp8"),
+        ([], {"model": str(model), "precision": "fp8"}, "make one that is with `streamdit quantize"),
         (config, {"seconds": 0.0}, "--seconds: must be a positive number"),
         (config, {"seconds": float("inf")}, "--seconds: must be a positive number"),
         (config, {"sessions": "1,none"}, "--sessions: numbers from 1 to 64"),
@@ -314,7 +396,7 @@ def test_the_time_to_a_first_frame_is_counted_from_the_start_of_the_process(trai
 
 
 def bench(capsys, monkeypatch, *arguments):
-    monkeypatch.setattr(cli, "_enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "_enable_caches", lambda: None)
     code = cli.main(["bench", *arguments, "--json"])
     said, error = capsys.readouterr()
     assert code == 0, error
@@ -335,7 +417,20 @@ def test_a_report_of_streaming(capsys, monkeypatch, trainable):
     assert report["first_frame_seconds_warm"] < report["first_frame_seconds_cold"] and report["compile_seconds"] > 0
     assert 0.9 < report["cost_analysis_flops"] / report["flops_per_forward"] < 2
     assert 0 < report["share_of_peak"]["matmul"] < 1
+    assert report["roofline"]["rates"]["source"] == "measured in this run"
+    assert 0 < report["roofline"]["forward"]["ms"] < report["forward_ms_median"]
     assert "kernels" not in report and any(note.startswith("kernels: left out") for note in report["notes"])
+
+
+@pytest.mark.slow
+def test_a_report_of_the_forward_alone(capsys, monkeypatch, trainable):
+    monkeypatch.setattr(start, "first_frames", lambda subject: pytest.fail("a process was started"))
+    report = bench(
+        capsys, monkeypatch, "--what=forward", f"--config={trainable}", "--seconds", "0.2", "--precision=fp8"
+    )
+    assert report["what"] == "forward" and report["precision"] == "fp8" and report["forward_ms_median"] > 0
+    assert report["compile_seconds"] > 0 and "end_to_end_fps" not in report
+    assert any("one layer" in note for note in report["notes"]) and any("float8" in note for note in report["notes"])
 
 
 @pytest.mark.slow

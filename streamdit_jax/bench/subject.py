@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,9 +14,14 @@ import numpy as np
 from streamdit_jax import machine, weights
 from streamdit_jax.config import Config, from_arguments, from_mapping
 from streamdit_jax.errors import ConfigError
+from streamdit_jax.models.dit import DiTConfig
+from streamdit_jax.models.linear import QUANTIZED
 from streamdit_jax.pipeline import Pipeline, find_model, initialise, load
+from streamdit_jax.sharding import path_name
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "fp8")
+ALIASES = {"bf16": "bfloat16"}
+SPREAD = 64.0  # standard deviation of random float8 values, whose largest is 448
 # Beside them a stream needs activations and XLA its scratch memory.
 _SHARE_FOR_PARAMETERS = 0.9
 
@@ -33,11 +39,16 @@ class Subject:
         return {
             "config": self.config.name,
             "weights": self.model or "random: a configuration was given, and no --model",
-            "precision": str(self.config.dit.compute_dtype),
+            "precision": self.precision,
             "scheme": sampling.scheme,
             "guidance": sampling.guidance,
             "filling": sampling.filling,
         }
+
+    @property
+    def precision(self) -> str:
+        """float32 | bfloat16 | fp8: of the transformer's products."""
+        return "fp8" if self.config.dit.quantization == "fp8" else str(self.config.dit.compute_dtype)
 
     def pipeline(self) -> Pipeline:
         """Its weights on the device. ConfigError where they do not fit."""
@@ -51,6 +62,15 @@ class Subject:
         params = {part: weights.load_part(directory, card, part) for part in ("tae", "text", "dit")}
         return Pipeline(self.config, params, "measured")
 
+    def of_one_layer_text(self) -> "Subject":
+        """The same with random text encoders of one layer, for what does not measure them: of the 4B model's
+        parameters most are theirs. A model on disk stays as it is.
+        """
+        if self.model is not None:
+            return self
+        text = tuple(dataclasses.replace(of_encoder, num_layers=1) for of_encoder in self.config.text)
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, text=text))
+
     def shapes(self) -> dict[str, Any]:
         """Shapes of the parameters of each part; nothing is computed."""
         return jax.eval_shape(lambda: initialise(self.config, jax.random.key(0)))
@@ -59,9 +79,11 @@ class Subject:
         """Bytes of each part's parameters on the device: the transformer's in its own precision, the others' in
         float32.
         """
-        size = {"dit": self.config.dit.compute_dtype.itemsize}
         return {
-            part: size.get(part, 4) * sum(leaf.size for leaf in jax.tree.leaves(tree))
+            part: sum(
+                leaf.size * dtype.itemsize
+                for leaf, dtype in zip(jax.tree.leaves(tree), _dtypes(self.config, part, tree))
+            )
             for part, tree in self.shapes().items()
         }
 
@@ -107,6 +129,7 @@ def resolve(
     """
     if bool(overrides) == (model is not None):
         raise ConfigError("--config: give a configuration, as --config=configs/roadtrip.py, or a --model, and not both")
+    precision = ALIASES.get(precision, precision)
     if precision not in PRECISIONS:
         raise ConfigError(f"--precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
     config = from_arguments(overrides) if model is None else load_config(model)
@@ -115,30 +138,64 @@ def resolve(
         sampling = dataclasses.replace(
             config.sampling, **{name: value for name, value in changes.items() if value is not None}
         )
-        dit = config.dit if precision == "auto" else dataclasses.replace(config.dit, dtype=precision)
+        dit = _with_precision(config.dit, precision, model)
         return Subject(dataclasses.replace(config, sampling=sampling, dit=dit), model)
     except ValueError as mistake:
         raise ConfigError(f"--{str(mistake).removeprefix('sampling.')}") from None
 
 
+def _with_precision(dit: DiTConfig, precision: str, model: str | None) -> DiTConfig:
+    if precision == "auto":
+        return dit
+    if precision != "fp8" and dit.quantization == "none":
+        return dataclasses.replace(dit, dtype=precision)
+    if precision == "fp8" and (model is None or dit.quantization == "fp8"):
+        return dataclasses.replace(dit, quantization="fp8")
+    if precision == "fp8":
+        raise ConfigError(
+            f"--precision: {model} is not quantised; make one that is with `streamdit quantize {model} DIR`"
+        )
+    raise ConfigError(f"--precision: the model is quantised to fp8; {precision} needs the one that it was made from")
+
+
+def _dtypes(config: Config, part: str, tree: Any) -> list[jnp.dtype]:
+    """Of each leaf on the device: the transformer's in its own precision, the others' in float32."""
+    dtype = config.dit.compute_dtype if part == "dit" else jnp.dtype("float32")
+    return [
+        weights.converted_type(path_name(path), leaf.dtype, dtype)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
+
+
 def random_params(config: Config, seed: int = 0) -> dict[str, Any]:
-    """Parameters for a clock, on the device, the transformer's in its own precision. Unlike a fresh model's no gate is
-    closed, so that a prompt reaches the picture. One block of normal numbers, repeated: nothing has to be compiled, and
-    gigabytes take seconds.
+    """Parameters for a clock, on the device, in the types that a pipeline holds. Unlike a fresh model's no gate is
+    closed, so that a prompt reaches the picture. One block of normal numbers, repeated on the device: gigabytes take
+    seconds. Quantised maps get values that use float8's range, and scales that make them as large as
+    the others; no calibration is needed where nothing has been learnt.
     """
     block = np.random.default_rng(seed).standard_normal(2**20, np.float32)
+    scales = {"kernel_scale": 1 / (SPREAD * np.sqrt(config.dit.width)), "input_scale": 1 / SPREAD}
+    constant = {"scale": 1, "latent_std": 1, **scales}
 
     def fill(path, leaf, dtype):
         name = path[-1].key
-        if name in ("scale", "latent_std"):
-            return jnp.ones(leaf.shape, dtype)
+        if name in constant:
+            return jnp.full(leaf.shape, constant[name], dtype)
         scale = 0.1 if leaf.ndim < 2 or "bias" in name else 1 / np.sqrt(leaf.shape[-2])
-        return jnp.asarray(np.resize((scale * block).astype(dtype), leaf.shape))
+        scale = SPREAD if name == QUANTIZED else scale
+        if leaf.size > block.size:
+            return _repeated(block, np.float32(scale), leaf.shape, dtype)
+        return jnp.asarray((scale * block[: leaf.size]).astype(dtype).reshape(leaf.shape))
 
-    shapes = jax.eval_shape(lambda: initialise(config, jax.random.key(0)))
-    return {
-        part: jax.tree_util.tree_map_with_path(
-            functools.partial(fill, dtype=config.dit.compute_dtype if part == "dit" else jnp.dtype("float32")), tree
-        )
-        for part, tree in shapes.items()
-    }
+    params = {}
+    for part, tree in jax.eval_shape(lambda: initialise(config, jax.random.key(0))).items():
+        paths, structure = jax.tree_util.tree_flatten_with_path(tree)
+        filled = [fill(path, leaf, dtype) for (path, leaf), dtype in zip(paths, _dtypes(config, part, tree))]
+        params[part] = jax.tree.unflatten(structure, filled)
+    return params
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _repeated(block: jax.Array, scale: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    size = math.prod(shape)
+    return jnp.tile(scale * block, -(-size // block.size))[:size].reshape(shape).astype(dtype)
