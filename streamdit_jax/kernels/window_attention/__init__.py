@@ -7,6 +7,7 @@ from collections.abc import Callable
 from jaxtyping import Array, Bool, Float, Int
 
 from streamdit_jax import sharding
+from streamdit_jax.kernels.window_attention.cudnn import window_attention as _cudnn
 from streamdit_jax.kernels.window_attention.mosaic_gpu import window_attention as _mosaic_gpu
 from streamdit_jax.kernels.window_attention.pallas_tpu import window_attention as _pallas_tpu
 from streamdit_jax.kernels.window_attention.reference import window_attention as _reference
@@ -20,6 +21,7 @@ BACKENDS: dict[str, Callable] = {
     "xla": _xla,
     "pallas_tpu": _pallas_tpu,
     "mosaic_gpu": _mosaic_gpu,
+    "cudnn": _cudnn,
 }
 # Per platform of the device that one traces for, the best first; names without a backend are passed over. The plain
 # definition materialises scores between all tokens: it specifies and tests, and is never chosen on its own.
