@@ -1,5 +1,5 @@
-"""The command line: streamdit stream | train | encode | evaluate | bench | plan | serve | quantize | export | average |
-figure.
+"""The command line: streamdit stream | train | encode | evaluate | bench | plan | compile | serve | quantize | export |
+average | figure.
 
 A user's mistake ends in one clear line on standard error and exit code 2; with --json, standard output holds one JSON
 object and nothing else.
@@ -22,22 +22,22 @@ DEFAULT_PROMPT = "a red car drives past green hills on a sunny day"
 EXTRAS = {"matplotlib": "figures", "PIL": "figures", "starlette": "serve", "uvicorn": "serve", "websockets": "serve"}
 
 
-def _enable_compilation_cache() -> None:
-    """Compiled steps are kept on disk, so that the second run starts within seconds. JAX_COMPILATION_CACHE_DIR
-    overrides where.
+def _enable_caches():
+    """Compiled code is kept on disk, so that the second run starts within seconds, but not where others may write.
+    JAX_COMPILATION_CACHE_DIR overrides where. The programs of `pipeline.load`, or None.
     """
-    import jax
+    from streamdit_jax.programs import enable_caches
 
-    if not jax.config.jax_compilation_cache_dir:
-        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(base / "streamdit_jax" / "compiled"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    caches = enable_caches()
+    for reason in caches.refused:
+        _say(reason)
+    return caches.programs
 
 
 def _stream(arguments) -> int:
     from streamdit_jax import cli_stream
 
-    return cli_stream.stream(arguments, _enable_compilation_cache)
+    return cli_stream.stream(arguments, _enable_caches)
 
 
 def _say(line: str) -> None:
@@ -51,7 +51,7 @@ def _train(arguments) -> int:
     require_trainable(config)
     cluster = distributed.start(_say)
     first = cluster is None or cluster.process == 0
-    _enable_compilation_cache()
+    _enable_caches()
     from streamdit_jax.training.run import train
 
     command = "streamdit train " + " ".join([*arguments.overrides, f"--workdir={arguments.workdir}"])
@@ -126,7 +126,7 @@ def _average(arguments) -> int:
 
 
 def _quantize(arguments) -> int:
-    _enable_compilation_cache()
+    _enable_caches()
     from streamdit_jax.evaluation import quantized
 
     report = quantized.run(
@@ -144,7 +144,7 @@ def _quantize(arguments) -> int:
 
 
 def _evaluate(arguments) -> int:
-    _enable_compilation_cache()
+    _enable_caches()
     from streamdit_jax.evaluation import evaluate
 
     report = evaluate.run(
@@ -168,7 +168,7 @@ def _evaluate(arguments) -> int:
 
 
 def _bench(arguments) -> int:
-    _enable_compilation_cache()
+    _enable_caches()
     from streamdit_jax.bench.run import run
 
     report = run(
@@ -223,8 +223,22 @@ def _roofline(arguments) -> int:
     return 0
 
 
+def _compile(arguments) -> int:
+    from streamdit_jax import cli_compile
+
+    report = cli_compile.compile_ahead(
+        arguments.model,
+        _enable_caches(),
+        scheme=arguments.scheme,
+        filling=arguments.filling,
+        sessions=arguments.sessions,
+    )
+    print(json.dumps(report) if arguments.json else cli_compile.summary(report))
+    return 0
+
+
 def _serve(arguments) -> int:
-    _enable_compilation_cache()
+    programs = _enable_caches()
     from streamdit_jax.serving.command import serve
 
     serve(
@@ -237,6 +251,7 @@ def _serve(arguments) -> int:
         idle_seconds=arguments.idle_seconds,
         scheme=arguments.scheme,
         filling=arguments.filling,
+        programs=programs,
     )
     return 0
 
@@ -346,7 +361,7 @@ def _parser() -> argparse.ArgumentParser:
     sampling(evaluate)
 
     bench = command("bench", _bench, "measure the streaming loop, or the training step, on this machine")
-    bench.add_argument("--what", choices=("stream", "train"), default="stream")
+    bench.add_argument("--what", choices=("stream", "forward", "train"), default="stream")
     bench.add_argument("--model", help="a bundled model's name, or a directory that train wrote")
     bench.add_argument("--precision", choices=("auto", "float32", "bfloat16", "bf16", "fp8"), default="auto")
     bench.add_argument("--scheme", help="partition scheme, such as N8c2s2; the configuration's own by default")
@@ -385,6 +400,13 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--origin", action="append", default=[], help="a site whose pages may connect, too")
     serve.add_argument("--max-sessions", type=int, default=4, help="how many may watch at once")
     serve.add_argument("--idle-seconds", type=float, default=600.0, help="how long a viewer may do nothing")
+
+    ahead = command("compile", _compile, "compile a model's programs before they are needed, as for a container image")
+    ahead.add_argument("--model", default="roadtrip", help="a bundled model's name, or a directory that train wrote")
+    ahead.add_argument("--scheme", help="partition scheme, such as N8c2s2; the model's own by default")
+    ahead.add_argument("--filling", choices=("uniform", "ramp"), help="how a stream's buffer is filled")
+    ahead.add_argument("--sessions", type=int, default=1, help="for `streamdit serve --max-sessions` of that number")
+    ahead.add_argument("--json", action="store_true", help="one JSON object on one line")
 
     figure = command("figure", _figure, "draw schemes' levels over frames and micro steps, or training's curves")
     figure.add_argument("schemes", nargs="*")

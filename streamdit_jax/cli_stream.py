@@ -37,8 +37,10 @@ def _inputs(arguments, height: int, width: int, rate: float) -> dict[str, Any]:
     return inputs
 
 
-def stream(arguments, enable_compilation_cache: Callable[[], None]) -> int:
-    """Runs the command; returns its exit code. Raises StreamDiTError for mistakes in what was given."""
+def stream(arguments, enable_caches: Callable[[], Any]) -> int:
+    """Runs the command; returns its exit code. enable_caches: turns compilation caches on and gives the programs of
+    `pipeline.load`. Raises StreamDiTError for mistakes in what was given.
+    """
     started = time.perf_counter()
     switches = sorted((_switch(text) for text in arguments.at), key=lambda switch: switch[0])
     if not arguments.seconds > 0 or arguments.seconds == float("inf"):
@@ -55,8 +57,7 @@ def stream(arguments, enable_compilation_cache: Callable[[], None]) -> int:
     from streamdit_jax.evaluation.figures import contact_sheet
     from streamdit_jax.pipeline import load
 
-    enable_compilation_cache()
-    pipeline = load(arguments.model)
+    pipeline = load(arguments.model, programs=enable_caches())
     rate, data = pipeline.frame_rate, pipeline.config.data
     for _, prompt in switches:
         pipeline.encode_prompt(prompt)  # a prompt that is too long is found before the first frame, not in the middle

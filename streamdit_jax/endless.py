@@ -42,7 +42,7 @@ EVENTS = ({"prompt": str, "over": int}, {"guidance": float}, {"strength": float}
 
 
 class Forward(NamedTuple):
-    """What one forward takes of a stream; condition and source have a batch of one."""
+    """What one forward takes of a stream, each a batch of one and on the device."""
 
     row: streaming.Row
     condition: streaming.Condition
@@ -71,6 +71,7 @@ class Stream(Iterator[np.ndarray]):
         self.start = {**start, "guidance": self.guidance, "strength": self.strength}
         self._null = pipeline.null_text(start["per_chunk_prompts"])
         self._cached: tuple[Text, CachedText] | None = None
+        self._weight: tuple[float, Array] | None = None
         self.state: streaming.StreamState | None = None
         self.step = 0
         self.decoder: Any = None  # the decoder's carried state, and references that were given but not yet shown
@@ -115,13 +116,18 @@ class Stream(Iterator[np.ndarray]):
     def strength(self, strength: float) -> None:
         self.steering.set_strength(self.step, strength)
 
-    def change(self, prompt: str, over: int = 0, *, text: Text | None = None) -> Receipt:
+    def change(
+        self, prompt: str, over: int = 0, *, text: Text | None = None, cached: CachedText | None = None
+    ) -> Receipt:
         """A new prompt from the next micro step on; over: chunks to interpolate over, 0 for a hard switch.
 
-        text: the prompt's encoding, if it is at hand. Returns when it will be seen. StreamDiTError for a prompt that is
-        too long, ConfigError for an impossible `over`; both change nothing.
+        text, cached: the prompt's encoding and what the step takes of it, if they are at hand. Returns when it will be
+        seen. StreamDiTError for a prompt that is too long, ConfigError for an impossible `over`; both change nothing.
         """
-        return self.steering.change(self.step, prompt, over, text)
+        receipt = self.steering.change(self.step, prompt, over, text)
+        if cached is not None:
+            self._cached = text, cached
+        return receipt
 
     def read(self, video: Any) -> None:
         """Lets frames that enter from now on be held to a video, an object that has `take` as VideoInput does."""
@@ -174,13 +180,15 @@ class Stream(Iterator[np.ndarray]):
         """What the next forward takes; the stream counts it as done, and waits for `finish`."""
         while self._due and self._due[0]["step"] <= self.step:
             self._happen(self._due.popleft())
-        row = self.table.row(self.step)
-        source = self._enter() if row.advance else self._pipeline.no_source(self.scheme)
-        condition = streaming.Condition(self._text(), self._null, np.full(1, self.guidance, np.float32))
+        row = self._pipeline.row(self.table, self.step)
+        source = self._enter() if self.next_advances else self._pipeline.no_source(self.scheme)
+        if self._weight is None or self._weight[0] != self.guidance:
+            self._weight = self.guidance, jax.device_put(np.full(1, self.guidance, np.float32))
+        condition = streaming.Condition(self.listen(), self._null, self._weight[1])
         self.step += 1
         return Forward(row, condition, source)
 
-    def _text(self) -> CachedText:
+    def listen(self) -> CachedText:
         """What the next forward attends to, computed anew only where the text is another one."""
         text = self.steering.text(self.step)
         if self._cached is None or self._cached[0] is not text:
@@ -211,9 +219,11 @@ class Stream(Iterator[np.ndarray]):
         latents, self.unshown = self.unshown, None
         while latents is None:
             latents = self.forward()
+        # Everything is on its way to the device before anything is waited for; frames come as soon as they are made.
+        frames, self.decoder = self._pipeline.decode(latents, self.decoder)
+        frames.copy_to_host_async()
         jax.block_until_ready(latents)
         denoised = time.perf_counter()
-        frames, self.decoder = self._pipeline.decode(latents, self.decoder)
         frames = np.asarray(frames)[0]
         self.seconds["forward"] += denoised - began
         self.seconds["decode"] += time.perf_counter() - denoised
@@ -224,7 +234,7 @@ class Stream(Iterator[np.ndarray]):
         row, condition, source = self.begin()
         step = self._pipeline.step(self.scheme, masked=self.masked)
         self.forwards += 1
-        return self.finish(*step(self.state, streaming.stack_rows([row]), condition, source))
+        return self.finish(*step(self.state, row, condition, source))
 
     @property
     def masked(self) -> bool:
@@ -281,7 +291,7 @@ class Stream(Iterator[np.ndarray]):
         self.frames_read, self._had_video = facts["frames_read"], facts["had_video"]
         self.step = facts["log"]["steps"]
         self.steering.recall(facts["log"]["events"])
-        self.steering.text(self.step)  # encodes what is still heard: here, and not before the next forward
+        self.listen()  # encodes what is still heard: here, and not before the next forward
 
 
 def hold(piece: Piece, strength: float) -> streaming.Source:

@@ -6,28 +6,30 @@ and the levels of a scheme are data to one compiled step.
 
 import functools
 import itertools
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import traverse_util
 
+from streamdit_jax import parameters, weights
 from streamdit_jax import stream as streaming
-from streamdit_jax import weights
 from streamdit_jax.config import Config, from_mapping
 from streamdit_jax.endless import START, Stream, checked_log, first_source
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
-from streamdit_jax.models.dit import CachedText, DiT, DiTConfig, Text, cache_text, unstack
-from streamdit_jax.models.tae import TAE, initial_decoder_state, initial_encoder_state
+from streamdit_jax.models.dit import CachedText, DiT, DiTConfig, Text, cache_text
+from streamdit_jax.models.tae import TAE, TAEConfig, initial_decoder_state, initial_encoder_state
 from streamdit_jax.models.text import TextEncoder, tokenize, with_frame_rate
 from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.programs import Programs
 from streamdit_jax.snapshot import Snapshot
-from streamdit_jax.steering import side_by_side
+from streamdit_jax.steering import Timetable, side_by_side
 from streamdit_jax.video_input import VideoInput, frames_of
 
-_initial_state = jax.jit(streaming.initial_state, static_argnames=("scheme", "frame", "filling"))
 BUNDLED = Path(__file__).with_name("bundled")
 
 
@@ -53,21 +55,37 @@ def find_model(name_or_directory: str | Path) -> Path:
     )
 
 
-def load(name_or_directory: str | Path) -> "Pipeline":
+def load(
+    name_or_directory: str | Path, *, config: Config | None = None, programs: Programs | None = None
+) -> "Pipeline":
     """A bundled model by name, or the directory that `streamdit train` or `convert` wrote.
+
+    config: used in place of the model's own, with other sampling or another precision. programs: where compiled
+    functions are found ready, and kept for the next process.
 
     Raises CheckpointError where it is missing, foreign, truncated or altered; ConfigError where its configuration is
     impossible.
     """
     directory = find_model(name_or_directory)
     card = weights.load_card(directory)
-    config = from_mapping(card["config"])
-    params = {part: weights.load_part(directory, card, part) for part in ("tae", "text", "dit")}
-    expected = jax.eval_shape(functools.partial(initialise, config), jax.random.key(0))
-    for part, tree in expected.items():
-        weights.check_shapes(params[part], tree, f"{directory}: {part}")
-    fingerprint = "+".join(card["parts"][part]["sha256"][:16] for part in ("tae", "text", "dit"))
-    return Pipeline(config, params, fingerprint)
+    config = from_mapping(card["config"]) if config is None else config
+    params = parameters.load(directory, card, config, _expected(config, programs))
+    fingerprint = "+".join(card["parts"][part]["sha256"][:16] for part in parameters.PARTS)
+    return Pipeline(config, params, fingerprint, programs)
+
+
+def _expected(config: Config, programs: Programs | None) -> dict[str, Any]:
+    """Shapes of the parameters of all parts, which to find out takes a trace of the whole model."""
+
+    def find() -> bytes:
+        shapes = jax.eval_shape(functools.partial(initialise, config), jax.random.key(0))
+        return json.dumps(
+            {key: leaf.shape for key, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
+        ).encode()
+
+    found = find() if programs is None else programs.remembered("shapes", config.to_json(), find)
+    flat = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in json.loads(found).items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def initialise(config: Config, key: jax.Array) -> dict[str, Any]:
@@ -91,28 +109,46 @@ def initialise(config: Config, key: jax.Array) -> dict[str, Any]:
 class Pipeline:
     """A model ready to stream. Compiled functions are shared by all of its streams."""
 
-    def __init__(self, config: Config, params: dict[str, Any], fingerprint: str = "unsaved"):
-        """params: {"tae", "text", "dit"} as `initialise` gives them. fingerprint: tells snapshots of different
-        weights apart.
+    def __init__(
+        self,
+        config: Config,
+        params: dict[str, Any],
+        fingerprint: str = "unsaved",
+        programs: Programs | None = None,
+    ):
+        """params: {"tae", "text", "dit"} as `initialise` gives them; the transformer's layers may be a tuple.
+        fingerprint: tells snapshots of different weights apart. programs: as `load`.
         """
-        self.config, self.fingerprint = config, fingerprint
-        dtype = config.dit.compute_dtype
-        self._tae_params, self._text_params = jax.tree.map(
-            lambda x: jnp.asarray(x, jnp.float32), (params["tae"], params["text"])
-        )
-        self._dit_params = unstack(jax.tree.map(lambda x: jnp.asarray(x, dtype), params["dit"]))
+        self.config, self.fingerprint, self._programs = config, fingerprint, programs
+        placed = parameters.place(config, params)
+        self._tae_params, self._text_params, self._dit_params = (placed[part] for part in ("tae", "text", "dit"))
         self._steps: dict[tuple, Any] = {}
+        self._starts: dict[tuple, Any] = {}
         self._constants: dict[tuple, Any] = {}
-        self._encode_text = jax.jit(self._encode_text_once)
-        self._cache_text = jax.jit(functools.partial(cache_text, config.dit))
-        self._decode = jax.jit(self._decode_once)
+        self._encode_text = self._compiled("encode_text", self._encode_text_once)
+        self._cache_text = self._compiled("cache_text", functools.partial(cache_text, config.dit))
+        self._decode = self._compiled("decode", self._decode_once)
         self._encode_video = jax.jit(self._encode_video_once)
-        self._encode_frames = jax.jit(self._encode_frames_once)
+        self._encode_frames = self._compiled("encode_frames", self._encode_frames_once)
+
+    def _compiled(self, name: str, function: Callable, *facts: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
+        """`jax.jit` of a function of parameters, or None, and more; or a program that the next process finds ready.
+        facts: what it closes over, beside the shapes of the model.
+        """
+        if self._programs is None:
+            return jax.jit(function, donate_argnums=donate_argnums)
+        model = self.config.tae, self.config.text, self.config.dit, self._size
+        return self._programs.jit(name, function, (*model, *facts), donate_argnums)
 
     @property
     def frame_rate(self) -> float:
         """Frames per second of the video."""
         return self.config.data.frame_rate
+
+    @property
+    def dit_params(self) -> Any:
+        """The transformer's parameters as the step takes them: in the type of the arithmetic, layers as a tuple."""
+        return self._dit_params
 
     @property
     def latent_frames(self) -> int:
@@ -220,8 +256,12 @@ class Pipeline:
             source = first_source(video, scheme, frame, strength, references=filling == "uniform")
             stream.encoder, stream.frames_read = video.state, video.frames_read
         shape = PartitionScheme(scheme.num_references, scheme.num_chunks, scheme.chunk_size, 1)
-        key = jax.random.key(int(seed))[None]
-        stream.state = _initial_state(key, shape, frame, filling, source=source, references=stream.unshown)
+        if (shape, filling) not in self._starts:
+            begin = functools.partial(_begin, scheme=shape, frame=frame, filling=filling)
+            self._starts[shape, filling] = self._compiled("initial_state", begin, shape, filling)
+        number = np.array([int(seed) % 2**32], np.uint32)
+        stream.state = self._starts[shape, filling](None, number, source, stream.unshown)
+        stream.listen()
         return stream
 
     def resume(self, snapshot: "Snapshot | str | Path", *, video: Iterable[np.ndarray] | None = None) -> Stream:
@@ -283,9 +323,24 @@ class Pipeline:
         """No input, for a chunk of one stream."""
         size = scheme.chunk_size
         if ("source", size) not in self._constants:
-            latents = jnp.zeros((1, size, *self.config.dit.latent[1:]))
-            self._constants["source", size] = streaming.Source(latents, np.zeros((1, size), np.float32))
+            latents = np.zeros((1, size, *self.config.dit.latent[1:]), np.float32)
+            self._constants["source", size] = jax.device_put(streaming.Source(latents, np.zeros((1, size), np.float32)))
         return self._constants["source", size]
+
+    def row(self, table: Timetable, step: int) -> streaming.Row:
+        """The row of a micro step, [1, …], on the device: they repeat, and streams share them, so that a forward takes
+        nothing from the host.
+        """
+        return self._row(table.row(step), "row", table.scheme, table.filling, table.given_references, table.place(step))
+
+    def idle_row(self, scheme: PartitionScheme) -> streaming.Row:
+        """The row that changes nothing, as `row`."""
+        return self._row(streaming.idle_row(scheme), "idle", scheme.buffer_size)
+
+    def _row(self, row: streaming.Row, *name: Any) -> streaming.Row:
+        if name not in self._constants:
+            self._constants[name] = jax.device_put(streaming.stack_rows([row]))
+        return self._constants[name]
 
     def _encode_text_once(self, params, tokens, mask) -> Text:
         return tuple(
@@ -338,24 +393,29 @@ class Pipeline:
 
     def initial_decoder(self, batch: int) -> Any:
         """The decoder's state at the start of a video."""
-        return initial_decoder_state(self.config.tae, batch, *self._size)
+        if ("decoder", batch) not in self._starts:
+            begin = functools.partial(_begin_decoding, config=self.config.tae, batch=batch, size=self._size)
+            self._starts["decoder", batch] = self._compiled("initial_decoder", begin, batch)
+        return self._starts["decoder", batch](None)
 
     def step(self, scheme: PartitionScheme, masked: bool):
         """The compiled step (state, row, condition, source=None) → (state, front) of a batch of streams, shared by all
         schemes of equal K, N and c.
 
-        Streams that live apart go through one forward, too: tuples of states, conditions and sources of a batch of one
-        each, and their rows stacked, give tuples of states and fronts.
+        Streams that live apart go through one forward, too: tuples of states, rows, conditions and sources of a batch
+        of one each give tuples of states and fronts.
         """
         shape = PartitionScheme(scheme.num_references, scheme.num_chunks, scheme.chunk_size, 1)
         if (shape, masked) not in self._steps:
-            self._steps[shape, masked] = streaming_step(self.config.dit, shape, masked)
+            compiled = functools.partial(self._compiled, "step")
+            self._steps[shape, masked] = streaming_step(self.config.dit, shape, masked, compiled)
         return functools.partial(self._steps[shape, masked], self._dit_params)
 
 
-def streaming_step(config: DiTConfig, scheme: PartitionScheme, masked: bool) -> Any:
+def streaming_step(config: DiTConfig, scheme: PartitionScheme, masked: bool, compiled: Callable | None = None) -> Any:
     """The jitted (params, state, row, condition, source=None) → (state, front) behind `Pipeline.step`; the state is
-    donated. `streamdit plan` compiles it for devices that are not there.
+    donated. `streamdit plan` compiles it for devices that are not there. compiled: in place of `jax.jit`, with the
+    facts that the function closes over.
     """
 
     def step(params, state, row, condition, source=None):
@@ -364,11 +424,23 @@ def streaming_step(config: DiTConfig, scheme: PartitionScheme, masked: bool) -> 
 
         apart = not isinstance(state, streaming.StreamState)
         if apart:
-            state, condition, source = map(_join, (state, condition, source))
+            state, row, condition, source = map(_join, (state, row, condition, source))
         result = streaming.step(velocity, state, row, condition, scheme, source, masked=masked)
         return tuple(map(_split, result)) if apart else result
 
-    return jax.jit(step, donate_argnums=1)
+    if compiled is None:
+        return jax.jit(step, donate_argnums=1)
+    return compiled(step, scheme, masked, donate_argnums=(1,))
+
+
+def _begin(_: None, seed: jax.Array, source: Any, references: Any, *, scheme, frame, filling) -> streaming.StreamState:
+    """A stream's buffer of noise. seed: uint32 [1]."""
+    keys = jax.vmap(jax.random.key)(seed)
+    return streaming.initial_state(keys, scheme, frame, filling, source=source, references=references)
+
+
+def _begin_decoding(_: None, *, config: TAEConfig, batch: int, size: tuple[int, int]) -> Any:
+    return initial_decoder_state(config, batch, *size)
 
 
 def _join(trees: tuple) -> Any:

@@ -56,11 +56,16 @@ class Timetable:
         self._makes_references = bool(self._fill.adopt.any()) and scheme.num_references > 0
         self._makes_references &= not self.given_references
 
+    def place(self, step: int) -> int:
+        """The first micro step that applies the same row: after filling, rows repeat."""
+        return min(step, self.fill_steps + (step - self.fill_steps) % self.scheme.micro_steps)
+
     def row(self, step: int) -> streaming.Row:
         """The row of a micro step."""
-        if step < self.fill_steps:
-            return streaming.row_at(self._fill, step)
-        return streaming.row_at(self._flow, (step - self.fill_steps) % self.scheme.micro_steps)
+        place = self.place(step)
+        if place < self.fill_steps:
+            return streaming.row_at(self._fill, place)
+        return streaming.row_at(self._flow, place - self.fill_steps)
 
     def shows_references(self, step: int) -> bool:
         """Whether the references that filling made leave with this micro step."""

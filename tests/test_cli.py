@@ -18,7 +18,7 @@ def run(capsys, *arguments):
 @pytest.fixture(autouse=True)
 def compiled_here(tmp_path, monkeypatch):
     """The compilation cache of a user is left alone."""
-    monkeypatch.setattr(cli, "_enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "_enable_caches", lambda: None)
 
 
 def test_stream_writes_a_video_and_a_closing_line(capsys, tiny_model, tmp_path):

@@ -25,12 +25,14 @@ class Batches:
         self._pipeline, self._scheme = pipeline, scheme
         self._step = pipeline.step(scheme, masked=filling == "ramp")
         self._idle: list[streaming.StreamState] = []
+        self._idle_row = pipeline.idle_row(scheme)
+        self._unguided = jax.device_put(np.ones(1, np.float32))
         self.sizes = [2**power for power in range(slots.bit_length()) if 2**power < slots] + [slots]
 
     def warm_up(self, streams: list[Stream]) -> None:
         """Compiles every size, with as many streams as there are slots; they are used up."""
         self._idle = [stream.state for stream in streams]
-        forward = streams[0].begin()._replace(row=streaming.idle_row(self._scheme))
+        forward = streams[0].begin()._replace(row=self._idle_row)
         for size in self.sizes:
             self._idle[:size], fronts = self.step(self._idle[:size], [forward] * size)
             jax.block_until_ready(self.decode(fronts, [None] * size))
@@ -49,14 +51,14 @@ class Batches:
         """
         idle = self._lacking(len(states))
         rows, conditions, sources = map(list, zip(*forwards))
-        rows += [streaming.idle_row(self._scheme)] * idle
-        conditions += [conditions[0]._replace(guidance=np.ones(1, np.float32))] * idle
+        rows += [self._idle_row] * idle
+        conditions += [conditions[0]._replace(guidance=self._unguided)] * idle
         sources += [self._pipeline.no_source(self._scheme)] * idle
         if len(rows) == 1:
-            state, front = self._step(states[0], streaming.stack_rows(rows), conditions[0], sources[0])
+            state, front = self._step(states[0], rows[0], conditions[0], sources[0])
             return [state], [front]
         together = (*states, *self._idle[:idle])
-        after, fronts = self._step(together, streaming.stack_rows(rows), tuple(conditions), tuple(sources))
+        after, fronts = self._step(together, tuple(rows), tuple(conditions), tuple(sources))
         self._idle[:idle] = after[len(states) :]
         return list(after[: len(states)]), list(fronts[: len(states)])
 

@@ -75,7 +75,9 @@ class Engine:
         self.batches = Batches(pipeline, self.scheme, self.filling, slots)
         self._sessions: list[Session] = []
         self._opening = 0
-        self._questions = Questions(self.changed, 2 * slots, self.check)
+        # A CPU encodes beside the forward, which then need not wait; elsewhere one thing is done after another anyway.
+        self._ahead = AHEAD.get(jax.default_backend(), 1)
+        self._questions = Questions(self.changed, 2 * slots, self.check, ready=self._ahead == 0)
         self.ask = self._questions.ask
         self._emitted: deque[list[_Emission] | tuple[Session, Future]] = deque()
         self._threads: list[threading.Thread] = []
@@ -233,7 +235,7 @@ class Engine:
 
     def _denoise(self) -> None:
         under_way: deque[tuple[float, jax.Array]] = deque()
-        ahead, finished = AHEAD.get(jax.default_backend(), 1), 0.0
+        ahead, finished = self._ahead, 0.0
         while True:
             group = self._next_group(wait=not under_way)
             if group is None:
@@ -325,6 +327,8 @@ class Engine:
             frames, states = self.batches.decode([emission.latents for emission in alike], states)
             for stream, state in zip(streams, states):
                 stream.decoder = state
+            for video in frames:
+                video.copy_to_host_async()
             decoded += zip(alike, frames)
         return decoded
 

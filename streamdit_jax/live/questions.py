@@ -12,16 +12,18 @@ import jax
 class Questions:
     """A bounded queue of questions, answered one by one in the thread that runs `run`.
 
-    changed: the lock, notified of every change. check: raises where nothing more can be asked.
+    changed: the lock, notified of every change. check: raises where nothing more can be asked. ready: whether an answer
+    is given when the device has made it. Otherwise it may still be under way there, behind the forwards that were sent
+    before it, and whoever uses it on the device need not wait for them.
     """
 
-    def __init__(self, changed: threading.Condition, bound: int, check: Callable[[], None]):
-        self._changed, self._bound, self._check = changed, bound, check
+    def __init__(self, changed: threading.Condition, bound: int, check: Callable[[], None], *, ready: bool):
+        self._changed, self._bound, self._check, self._ready = changed, bound, check, ready
         self._waiting: deque[tuple[Callable[[], Any], Future]] = deque()
         self._stopped = False
 
     def ask(self, question: Callable[[], Any]) -> Any:
-        """The question's result, which is ready, or its error."""
+        """The question's result, or its error."""
         answer: Future = Future()
         with self._changed:
             self._changed.wait_for(lambda: len(self._waiting) < self._bound or self._stopped)
@@ -47,6 +49,7 @@ class Questions:
                 question, answer = self._waiting.popleft()
                 self._changed.notify_all()
             try:
-                answer.set_result(jax.block_until_ready(question()))
+                result = question()
+                answer.set_result(jax.block_until_ready(result) if self._ready else result)
             except BaseException as error:  # whoever asked is told, and the next is answered
                 answer.set_exception(error)

@@ -105,10 +105,10 @@ class Session(Iterator[Chunk]):
         """A new prompt, interpolated over so many chunks, or at once; returns when it is under way, with where it will
         be seen. StreamDiTError for a prompt that is too long, ConfigError for an impossible `over`.
         """
-        text = self._engine.ask(lambda: self._engine.pipeline.encode_prompt(prompt))
+        text, cached = self._engine.ask(lambda: self._engine.streams.heard(prompt))
         with self._changed:
             self.check()
-            return self.stream.change(prompt, over, text=text)
+            return self.stream.change(prompt, over, text=text, cached=cached)
 
     @property
     def guidance(self) -> float:

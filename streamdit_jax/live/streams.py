@@ -10,6 +10,7 @@ import numpy as np
 from streamdit_jax import stream as streaming
 from streamdit_jax.endless import Stream
 from streamdit_jax.errors import ConfigError
+from streamdit_jax.models.dit import CachedText, Text
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.pipeline import Pipeline
 from streamdit_jax.snapshot import Snapshot
@@ -44,6 +45,11 @@ class Streams:
         """As `Pipeline.stream`."""
         of_all = {"scheme": self.scheme, "filling": self.filling, "per_chunk_prompts": self.per_chunk_prompts}
         return self._pipeline.stream(prompt, seed, **of_all, **how)
+
+    def heard(self, prompt: str) -> tuple[Text, CachedText | None]:
+        """A prompt's encoding, and what the step takes of it alone: here, and not before the next forward."""
+        text = self._pipeline.encode_prompt(prompt)
+        return text, None if self.per_chunk_prompts else self._pipeline.cache_text(text)
 
     def resumed(self, snapshot: Snapshot, video: Iterable[np.ndarray] | None) -> Stream:
         """As `Pipeline.resume`; ConfigError where the snapshot's stream is of another kind."""

@@ -8,6 +8,7 @@ from urllib.parse import urlsplit
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.live import Engine
 from streamdit_jax.pipeline import load
+from streamdit_jax.programs import Programs
 from streamdit_jax.serving.app import Service, create_app, server
 from streamdit_jax.serving.protocol import Limits
 
@@ -75,9 +76,11 @@ def serve(
     idle_seconds: float = 600.0,
     scheme: str | None = None,
     filling: str | None = None,
+    programs: Programs | None = None,
     say=print,
 ) -> None:
-    """Serves a model's live streams and the page until Ctrl-C, which raises KeyboardInterrupt here.
+    """Serves a model's live streams and the page until Ctrl-C, which raises KeyboardInterrupt here. programs: as
+    `pipeline.load`.
 
     Bad arguments are a ConfigError before anything is loaded; RuntimeError where a thread of the engine fails.
     """
@@ -88,7 +91,7 @@ def serve(
     alone = check_address(host, token, origins)
     bound = bind(host, port)
     with bound:
-        pipeline = load(model)
+        pipeline = load(model, programs=programs)
         print(f"streamdit: compiling {model} for {sessions} sessions …", file=sys.stderr, flush=True)
         # One chunk that is ready and no more: what lies in a queue is what a new prompt waits for.
         with Engine(pipeline, sessions, scheme=scheme, filling=filling, queue_chunks=1) as engine:

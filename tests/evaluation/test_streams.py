@@ -196,7 +196,7 @@ def model(pipeline, readable, tmp_path_factory):
 )
 def test_commands_print_one_json_object(capsys, monkeypatch, model, arguments, keys):
     """Of a real, if meaningless, model."""
-    monkeypatch.setattr(cli, "_enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "_enable_caches", lambda: None)
     arguments = [argument.replace("MODEL", str(model)) for argument in arguments]
     chosen = [] if arguments[0] == "samplers" else ["--model", str(model)]
     assert cli.main(["evaluate", *arguments, *chosen, "--json", "--seed", "4"]) == 0
@@ -228,7 +228,7 @@ def test_commands_print_one_json_object(capsys, monkeypatch, model, arguments, k
     ],
 )
 def test_mistakes_are_one_line(capsys, monkeypatch, model, tmp_path, arguments, message):
-    monkeypatch.setattr(cli, "_enable_compilation_cache", lambda: None)
+    monkeypatch.setattr(cli, "_enable_caches", lambda: None)
     monkeypatch.chdir(tmp_path)
     arguments = [argument.replace("MODEL", str(model)) for argument in arguments]
     assert cli.main(["evaluate", *arguments, "--model", str(model)]) == 2
