@@ -196,11 +196,18 @@ def _cost_analysis(subject: Subject) -> float | None:
 
 
 def _train(subject: Subject, seconds: float) -> dict[str, Any]:
+    stage = subject.config.training.flow_matching
+    if not stage.train_text:
+        subject = subject.of_one_layer_text()
     report = training.training_step(subject, seconds) | _memory()
     best = peaks(subject.config.dit.compute_dtype)
     rate = report["flops_per_step"] / (1e-3 * report["step_ms_median"])
     report |= {"mfu": round(rate / best["matmul_flops_per_second"], 4)}
     notes = ["mfu: on one device; text encoders, whose products are not counted, are part of the step"]
+    if not stage.train_text:
+        notes.append(
+            "weights: frozen text encoders have one layer here; a run may store what they make of its captions"
+        )
     if jax.device_count() > 1:
         notes.append(f"one of {jax.device_count()} devices was used")
     return report | {"peaks": {name: round(value) for name, value in best.items()}, "notes": notes}

@@ -18,7 +18,7 @@ from streamdit_jax.plan.kernels import census
 from streamdit_jax.plan.programs import Lowered, streaming_program, training_step
 from streamdit_jax.plan.topology import Topology, describe
 
-PRECISIONS = ("auto", "float32", "bfloat16")
+PRECISIONS = ("auto", "float32", "bfloat16", "fp8")
 EFFORT = -1.0
 # Without a GPU nothing can be autotuned, and XLA's own matrix products would be those of its worst tiles.
 COMPILER_OPTIONS = {"gpu": {"xla_gpu_enable_triton_gemm": False}}
@@ -68,7 +68,7 @@ def run(
         "slices": slices,
         "devices": mesh.size,
         "mesh": dict(mesh.shape),
-        "precision": str(config.dit.compute_dtype),
+        "precision": "fp8" if config.dit.quantization == "fp8" else str(config.dit.compute_dtype),
         "parameters": lowered.parameters,
         "argument_bytes_per_device": lowered.argument_bytes(),
         "temporary_bytes_per_device": 0,
@@ -138,14 +138,17 @@ def _stage(config: Config, name: str | None) -> str:
 
 
 def _with_precision(config: Config, precision: str, topology: Topology) -> Config:
-    """The configuration with the type of its arithmetic: its own, or what "auto" is on that platform."""
+    """The configuration with the type of its arithmetic: its own, or what "auto" is on that platform. fp8 quantises
+    the model, and is "auto" beside that.
+    """
     if precision not in PRECISIONS:
         raise ConfigError(f"--precision: {precision!r} is not one of {', '.join(PRECISIONS)}")
-    if precision == "auto":
+    quantization = "fp8" if precision == "fp8" else config.dit.quantization
+    if precision in ("auto", "fp8"):
         precision = config.dit.dtype
     if precision == "auto":
         precision = "float32" if topology.platform == "cpu" else "bfloat16"
-    return dataclasses.replace(config, dit=dataclasses.replace(config.dit, dtype=precision))
+    return dataclasses.replace(config, dit=dataclasses.replace(config.dit, dtype=precision, quantization=quantization))
 
 
 def _compile(
