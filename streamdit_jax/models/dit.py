@@ -10,6 +10,7 @@ rematerialisation, for training; as a tuple of layers (`unstack`), they run unro
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,6 +22,7 @@ import numpy as np
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from streamdit_jax.kernels.residual_norm import residual_norm
 from streamdit_jax.kernels.windows import TokenOrder, Windows
 from streamdit_jax.models.attention import CrossAttention, SelfAttention, TextKeyValue
 from streamdit_jax.models.embeddings import FactorisedPosition, TextProjection, TimeEmbedding, rotary_angles
@@ -187,12 +189,16 @@ class DiTConfig:
         return tuple(Windows(order, window, shift, self.wrap) for window, shift in layers)
 
 
-def _norm(config: DiTConfig, *, affine: bool = False, name: str | None = None) -> nn.Module:
-    """Normalisation over channels; without affine where modulation follows."""
-    dtype = config.compute_dtype
-    if config.norm == "rms":
-        return nn.RMSNorm(epsilon=1e-6, use_scale=affine, dtype=dtype, name=name)
-    return nn.LayerNorm(epsilon=1e-6, use_scale=affine, use_bias=affine, dtype=dtype, name=name)
+class Affine(nn.Module):
+    """A learnt scale and shift of every channel after a norm, [width] each; an RMS norm has no shift."""
+
+    config: DiTConfig
+
+    @nn.compact
+    def __call__(self) -> tuple[Array, Array | None]:
+        shape = (self.config.width,)
+        scale = self.param("scale", nn.initializers.ones, shape)
+        return scale, None if self.config.norm == "rms" else self.param("bias", nn.initializers.zeros, shape)
 
 
 def _per_frame(
@@ -249,6 +255,23 @@ class Modulation(nn.Module):
         return [values[:, :, index] for index in range(self.count)]
 
 
+class Stream(NamedTuple):
+    """The residual stream [batch, tokens, width], and a branch with its gate [batch, frames, width] that it has not
+    taken up yet: the norm of the next layer does that in the same pass.
+    """
+
+    x: Array
+    branch: Array | None = None
+    gate: Array | None = None
+
+    def settle(self, order: TokenOrder) -> Array:
+        """The stream with its branch."""
+        if self.branch is None:
+            return self.x
+        gated = _per_frame(lambda branch, gate: branch * gate, order, self.branch, self.gate)
+        return constrain(self.x + gated, *TOKENS)
+
+
 class Block(nn.Module):
     """One layer: self-attention → cross-attention → feed-forward, modulated per frame (§4.1, fig. 3)."""
 
@@ -256,43 +279,35 @@ class Block(nn.Module):
     windows: Windows
 
     @nn.compact
-    def __call__(self, x, time, shared, text, reads, key_mask):
-        """x: [batch, tokens, width] in token order; time [batch, frames, width]; shared [batch, frames, 6, width] or
-        None; text and reads as `CrossAttention` takes them.
+    def __call__(self, stream, time, shared, text, reads, key_mask):
+        """stream: a `Stream` of tokens in token order, as the result; time [batch, frames, width]; shared [batch,
+        frames, 6, width] or None; text and reads as `CrossAttention` takes them.
         """
         config, order, dtype = self.config, self.windows.order, self.config.compute_dtype
-
-        def modulate(x, shift, scale):
-            return _per_frame(lambda x, shift, scale: x * (1 + scale) + shift, order, x, shift, scale)
-
-        def gated(x, gate):
-            return _per_frame(lambda x, gate: x * gate, order, x, gate)
-
         modulation = Modulation(config, 6, name="modulation")(time, shared)
         attention_shift, attention_scale, attention_gate, ffn_shift, ffn_scale, ffn_gate = modulation
-        angles = None
+        angles = position = None
         if config.position == "learned":
             position = FactorisedPosition(order, config.grid, config.width, dtype, name="position")()
-            x = constrain(x + constrain(position, "tokens", None), *TOKENS)
         else:
             angles = rotary_angles(order, config.head_dim)
+        quantized = config.quantization != "none"
+        # Quantised products leave scales to what follows and want their inputs in eight bits: XLA takes both into its
+        # passes. The norm before cross-attention, which is not quantised, follows such a product too.
+        norm = functools.partial(residual_norm, order=order, norm=config.norm, backend="xla" if quantized else None)
 
-        hidden = modulate(_norm(config)(x), attention_shift, attention_scale)
+        x, hidden = norm(*stream, attention_scale, attention_shift, position=position)
         attention = SelfAttention(
-            config.num_heads,
-            config.qk_norm,
-            self.windows,
-            dtype,
-            config.quantization != "none",
-            name="self_attention",
+            config.num_heads, config.qk_norm, self.windows, dtype, quantized, name="self_attention"
         )
-        x = constrain(x + gated(attention(hidden, angles, key_mask), attention_gate), *TOKENS)
+        stream = Stream(x, attention(hidden, angles, key_mask), attention_gate)
         if config.cross_attention:
-            hidden = _norm(config, affine=True, name="cross_norm")(x)
+            scale, shift = Affine(config, name="cross_norm")()
+            x, hidden = norm(*stream, scale.astype(jnp.float32) - 1, shift)
             cross = CrossAttention(config.num_heads, config.qk_norm, dtype, name="cross_attention")
-            x = constrain(x + cross(hidden, text, reads), *TOKENS)
-        hidden = modulate(_norm(config)(x), ffn_shift, ffn_scale)
-        return constrain(x + gated(FeedForward(config, name="feed_forward")(hidden), ffn_gate), *TOKENS)
+            stream = Stream(constrain(x + cross(hidden, text, reads), *TOKENS))
+        x, hidden = norm(*stream, ffn_scale, ffn_shift)
+        return Stream(x, FeedForward(config, name="feed_forward")(hidden), ffn_gate)
 
 
 class DiT(nn.Module):
@@ -357,12 +372,12 @@ class DiT(nn.Module):
             reads = constrain(reads[:, order.coordinates[:, 0]], *TOKENS)  # every token reads its frame's prompt
         if isinstance(text, CachedText):
             sequence = text.layers or None
-        x = self._blocks(layers, x, sequence, (time, shared, reads, key_mask))
+        stream = self._blocks(layers, Stream(x), sequence, (time, shared, reads, key_mask))
 
         shift, scale = Modulation(config, 2, name="final_modulation")(
             time, None if shared is None else time[:, :, None]
         )
-        x = _per_frame(lambda x, scale, shift: x * (1 + scale) + shift, order, _norm(config)(x), scale, shift)
+        _, x = residual_norm(*stream, scale, shift, order, norm=config.norm)
         patch_values = config.patch[1] * config.patch[2] * config.latent[3]
         x = nn.Dense(patch_values, dtype=dtype, kernel_init=nn.initializers.zeros, name="velocity")(x)
         x = constrain(constrain(x, *TOKENS), "batch", None, None)  # whole again: a token's few values, not its width
@@ -373,41 +388,43 @@ class DiT(nn.Module):
             pw=config.patch[2],
         )
 
-    def _blocks(self, layers: tuple[Windows, ...], x: Array, text: Any, inputs: tuple) -> Array:
+    def _blocks(self, layers: tuple[Windows, ...], stream: Stream, text: Any, inputs: tuple) -> Stream:
         """text: a sequence for all layers, or of each layer its keys and values."""
         config = self.config
         blocks = [Block(config, windows, parent=None) for windows in layers]
 
-        def run(block, params, x, text):
+        def run(block, params, stream, text):
             time, shared, reads, key_mask = inputs
-            return block.apply({"params": params}, x, time, shared, text, reads, key_mask)
+            return block.apply({"params": params}, stream, time, shared, text, reads, key_mask)
 
         def initialise(key):
             keys = jax.random.split(key, config.num_layers)
             time, shared, reads, key_mask = _first(inputs)
-            given = x[:1], time, shared, _first(text), reads, key_mask
+            given = _first(stream), time, shared, _first(text), reads, key_mask
             return jax.vmap(lambda key: blocks[0].init(key, *given)["params"])(keys)
 
         stacked = self.param("blocks", initialise) if self.is_initializing() else self.get_variable("params", "blocks")
         if isinstance(stacked, tuple | list):
             for index, params in enumerate(stacked):
-                x = run(blocks[index % config.period], params, x, text[index] if isinstance(text, tuple) else text)
-            return x
+                of_text = text[index] if isinstance(text, tuple) else text
+                stream = run(blocks[index % config.period], params, stream, of_text)
+            return stream
         cached = isinstance(text, tuple)
 
         def one_period(x, of_period):
             params, keys_values = of_period
+            stream = Stream(x)
             for index, block in enumerate(blocks):
                 of_layer, of_text = jax.tree.map(lambda leaf, index=index: leaf[index], (params, keys_values))
-                x = run(block, of_layer, x, of_text if cached else text)
-            return x, None
+                stream = run(block, of_layer, stream, of_text if cached else text)
+            return stream.settle(layers[0].order), None  # one array to carry, and to keep for the gradient
 
         policy = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
         if config.remat != "none":
             one_period = jax.checkpoint(one_period, policy=policy[config.remat], prevent_cse=False)
         keys_values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *text) if cached else None
         scanned = jax.tree.map(lambda leaf: leaf.reshape(-1, config.period, *leaf.shape[1:]), (stacked, keys_values))
-        return jax.lax.scan(one_period, x, scanned)[0]
+        return Stream(jax.lax.scan(one_period, stream.x, scanned)[0])
 
 
 def _read(config: DiTConfig, text: Text) -> tuple[Array | None, Array | None, Array | None]:

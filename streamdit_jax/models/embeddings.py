@@ -52,7 +52,7 @@ class TextProjection(nn.Module):
 
 
 class FactorisedPosition(nn.Module):
-    """Learnable tables for frame, row and column, summed for every token (Movie Gen §3.1.2).
+    """Learnable tables for frame, row and column, whose sum is every token's position (Movie Gen §3.1.2).
 
     grid: the largest grid, which the tables are made for; one that `order` has smaller takes the first entries of each.
     """
@@ -63,14 +63,12 @@ class FactorisedPosition(nn.Module):
     dtype: jnp.dtype
 
     @nn.compact
-    def __call__(self) -> Float[Array, "tokens width"]:
+    def __call__(self) -> tuple[Float[Array, "f width"], Float[Array, "h width"], Float[Array, "w width"]]:
         tables = [
             self.param(name, nn.initializers.normal(0.02), (size, self.width))
             for name, size in zip(("frame", "row", "column"), self.grid)
         ]
-        tables = [table[:size].astype(self.dtype) for table, size in zip(tables, self.order.grid)]
-        frame, row, column = (self.order.spread(table, axis) for axis, table in enumerate(tables))
-        return (frame + row + column).reshape(self.order.num_tokens, self.width)
+        return tuple(table[:size].astype(self.dtype) for table, size in zip(tables, self.order.grid))
 
 
 def rotary_angles(order: TokenOrder, head_dim: int, theta: float = 10_000.0) -> Float[np.ndarray, "tokens half"]:

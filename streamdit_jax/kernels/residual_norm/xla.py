@@ -30,8 +30,9 @@ def residual_norm(x, branch, gate, scale, shift, order: TokenOrder, position=Non
         residual += split(branch) if gate is None else split(branch) * spread(gate)
     if position is not None:
         frame, row, column = (order.spread(table.astype(jnp.float32), axis) for axis, table in enumerate(position))
-        residual += split((frame + row + column).reshape(1, order.num_tokens, -1))
-    residual = residual.astype(x.dtype).reshape(x.shape)
+        places = (frame + row + column).reshape(order.num_tokens, -1)
+        residual += split(sharding.constrain(places, "tokens", None)[None])
+    residual = sharding.constrain(residual.astype(x.dtype).reshape(x.shape), "batch", "tokens", None)
     if sharding.target().platform == "gpu" and (branch is not None or position is not None):
         residual = jax.lax.optimization_barrier(residual)  # otherwise it is computed twice, from what it is the sum of
     hidden = normalise(split(residual), norm, epsilon) * (1 + spread(scale))
