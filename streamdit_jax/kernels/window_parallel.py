@@ -22,6 +22,8 @@ from streamdit_jax.errors import ConfigError
 from streamdit_jax.kernels import window_attention as kernels
 from streamdit_jax.kernels.windows import TokenOrder, Windows
 
+HEADS = ("batch", "tokens", "heads", None)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Send:
@@ -154,6 +156,18 @@ def window_attention(
     query, key, value: [batch, tokens, heads, head_dim] in the order of `to_windows`, as the result.
     key_mask: [batch, tokens] in token order; False for tokens that no one may attend to.
     """
+    return _attend(kernels.window_attention, (query, key, value), HEADS, windows, key_mask)
+
+
+def packed_window_attention(
+    qkv: Float[Array, "b tokens 3 heads dim"], windows: Windows, key_mask: Bool[Array, "b tokens"] | None = None
+) -> Float[Array, "b tokens heads dim"]:
+    """`window_attention` of query, key and value side by side, as one product makes them."""
+    return _attend(kernels.packed_window_attention, (qkv,), ("batch", "tokens", None, "heads", None), windows, key_mask)
+
+
+def _attend(kernel, of_tokens, axes, windows: Windows, key_mask) -> Array:
+    """The kernel by each device. of_tokens: arrays with a value per token, of these logical axes."""
     devices, segments, places = _devices(windows), None, None
     if devices > 1:
         # The mask stays whole and each device picks its own: layers of unlike windows would cut it in unlike ways.
@@ -167,15 +181,14 @@ def window_attention(
     }
     given = {name: (jnp.asarray(array), axes) for name, (array, axes) in given.items() if array is not None}
 
-    def local(query, key, value, *rest):
-        named = dict(zip(given, rest))
+    def local(*arrays):
+        named = dict(zip(given, arrays[len(of_tokens) :]))
         if (mine := named.pop("places", None)) is not None:
             named["key_mask"] = named["key_mask"][:, mine]
-        return kernels.window_attention(query, key, value, windows, **named)
+        return kernel(*arrays[: len(of_tokens)], windows, **named)
 
-    heads = ("batch", "tokens", "heads", None)
-    arrays = [query, key, value, *(array for array, _ in given.values())]
-    return sharding.map_shards(local, arrays, [heads] * 3 + [axes for _, axes in given.values()], heads)
+    arrays = [*of_tokens, *(array for array, _ in given.values())]
+    return sharding.map_shards(local, arrays, [axes] * len(of_tokens) + [axes for _, axes in given.values()], HEADS)
 
 
 def _contiguous(windows: Windows, count: int) -> Windows:

@@ -86,13 +86,19 @@ class SelfAttention(nn.Module):
         width = x.shape[-1]
         x = window_parallel.to_windows(x, self.windows)
         qkv = HeadProjections(3, width, self.num_heads, self.dtype, self.quantized, name="qkv")(x)
-        query, key, value = (constrain(part, *HEADS) for part in qkv)
-        query = QueryKeyNorm(self.qk_norm, self.dtype, name="query_norm")(query)
-        key = QueryKeyNorm(self.qk_norm, self.dtype, name="key_norm")(key)
-        if angles is not None:
-            angles = window_parallel.in_windows(angles, self.windows)
-            query, key = rotate(query, angles), rotate(key, angles)
-        out = window_parallel.window_attention(query, key, value, self.windows, key_mask)
+        if self.qk_norm == "none" and angles is None:  # attention may read them where they are
+            qkv = constrain(
+                rearrange(qkv, "n b s heads dim -> b s n heads dim"), "batch", "tokens", None, "heads", None
+            )
+            out = window_parallel.packed_window_attention(qkv, self.windows, key_mask)
+        else:
+            query, key, value = (constrain(part, *HEADS) for part in qkv)
+            query = QueryKeyNorm(self.qk_norm, self.dtype, name="query_norm")(query)
+            key = QueryKeyNorm(self.qk_norm, self.dtype, name="key_norm")(key)
+            if angles is not None:
+                angles = window_parallel.in_windows(angles, self.windows)
+                query, key = rotate(query, angles), rotate(key, angles)
+            out = window_parallel.window_attention(query, key, value, self.windows, key_mask)
         project = Linear(width, self.dtype, self.quantized, name="out")
         out = project(rearrange(out, "b s heads dim -> b s (heads dim)"))
         return window_parallel.from_windows(constrain(out, "batch", "tokens", None), self.windows)

@@ -31,7 +31,9 @@ WRAP, CUT = (True, True, True), (False, True, True)
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """loops: the multiprocessors that the kernel believes in. data: segments are given as data. twice: run again."""
+    """loops: the multiprocessors that the kernel believes in. data: segments are given as data. twice: run again.
+    packed: query, key and value are one array.
+    """
 
     windows: Windows
     dtype: str = "bfloat16"
@@ -41,6 +43,7 @@ class Case:
     loops: int = 2
     data: bool = False
     twice: bool = False
+    packed: bool = False
     tuning: Tuning | None = None
 
 
@@ -55,6 +58,7 @@ CASES = {
     # Windows in one part: two warpgroups in turn. Three windows for two loops: one goes on from piece to piece.
     "wrapped": Case(windows_of((6, 8, 8), (2, 8, 8), (1, 8, 8), (1, 0, 0), WRAP), dtype="float16", tuning=SMALL),
     "unshifted": Case(windows_of((4, 8, 8), (2, 8, 8), (1, 8, 8), (0, 0, 0), WRAP), batch=2, heads=2, loops=3),
+    "packed": Case(windows_of((2, 8, 8), (2, 8, 8), (1, 8, 8), (0, 0, 0), WRAP), batch=2, heads=2, packed=True),
     "head_128": Case(windows_of((4, 8, 16), (2, 8, 16), (1, 8, 16), (1, 0, 0), CUT), dim=128, loops=1, twice=True),
     "float16": Case(windows_of((4, 8, 16), (2, 8, 16), (1, 8, 16), (1, 0, 0), WRAP), dim=128, dtype="float16"),
     # Seven tiles of 64 in a window: an odd number, so one warpgroup; three windows.
@@ -85,16 +89,24 @@ def errors(case: Case) -> list[float]:
         windows, places = lying(case.windows)
         *given, cotangent = (x[:, places] for x in (*given, cotangent))
         wanted, segments = [x[:, places] for x in wanted], jnp.asarray(case.windows.segments)
-    run = functools.partial(
-        mosaic_gpu.attend,
-        tuning=case.tuning,
-        multiprocessors=case.loops,
-        interpret=InterpretGPUParams(detect_races=True),
+    run, run_packed = (
+        functools.partial(
+            function,
+            tuning=case.tuning,
+            multiprocessors=case.loops,
+            interpret=InterpretGPUParams(detect_races=True),
+        )
+        for function in (mosaic_gpu.attend, mosaic_gpu.attend_packed)
     )
+
+    def attend(*qkv, segments):
+        if case.packed:
+            return run_packed(jnp.stack(qkv, axis=2), windows, segments=segments)
+        return run(*qkv, windows, segments=segments)
 
     @jax.jit
     def results(segments, cotangent, *given):
-        out, back = jax.vjp(lambda *qkv: run(*qkv, windows, segments=segments), *given)
+        out, back = jax.vjp(functools.partial(attend, segments=segments), *given)
         return out, *back(cotangent)
 
     found = results(segments, cotangent, *given)

@@ -28,7 +28,7 @@ WRAP, CUT, NOWHERE = (True, True, True), (False, True, True), (False, False, Fal
 TOLERANCE = {"bfloat16": 2**-7, "float16": 2**-10}
 FAST = {"wrapped": "float16"}
 SLOW = {"cut": "bfloat16", "unshifted": "bfloat16", "head_128": "bfloat16", "float16": "float16", "odd": "bfloat16"}
-SLOW |= {"two_axes": "bfloat16", "data": "bfloat16"}
+SLOW |= {"two_axes": "bfloat16", "data": "bfloat16", "packed": "bfloat16"}
 
 
 def interpret(*cases):
@@ -82,6 +82,20 @@ def test_the_4b_layer_is_three_calls_and_nothing_moves_around_them():
     whole = {name for name, types in operations(text) if "16384x24x128" in types}
     assert whole == {"custom_call", "convert", "multiply"}, "delta reads the output and its gradient; the rest is calls"
     assert not re.search(r"stablehlo\.(gather|dynamic_slice|concatenate|slice|pad)", text)
+
+
+def test_query_key_and_value_are_read_where_one_product_wrote_them(monkeypatch):
+    """Nothing but the call touches a token; where the kernel does not serve, they are taken apart."""
+    monkeypatch.setattr(mosaic_gpu.sharding, "target", lambda: Described("gpu"))
+    shape = SHAPES["streamdit_4b_shifted"]
+    qkv = jax.ShapeDtypeStruct((1, shape.windows.order.num_tokens, 3, shape.heads, shape.dim), jnp.bfloat16)
+    run = jax.jit(lambda qkv: attention.packed_window_attention(qkv, shape.windows))
+    text = run.trace(qkv).lower(lowering_platforms=("cuda",)).as_text()
+    whole = [name for name, types in operations(text) if "tensor<1x16384x" in types]
+    assert text.count("custom_call") == 1 and sorted(whole) == ["custom_call", "reshape"]
+    qkv = np.random.default_rng(0).normal(size=(1, TINY.order.num_tokens, 3, 2, 8)).astype(np.float32)
+    out = attention.packed_window_attention(jnp.asarray(qkv), TINY)
+    np.testing.assert_array_equal(out, attention.window_attention(*np.moveaxis(qkv, 2, 0), TINY))
 
 
 @pytest.mark.slow

@@ -8,7 +8,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from streamdit_jax import sharding
 from streamdit_jax.kernels.window_attention.cudnn import window_attention as _cudnn
+from streamdit_jax.kernels.window_attention.mosaic_gpu import packed_window_attention as _packed_mosaic_gpu
 from streamdit_jax.kernels.window_attention.mosaic_gpu import window_attention as _mosaic_gpu
+from streamdit_jax.kernels.window_attention.pallas_tpu import packed_window_attention as _packed_pallas_tpu
 from streamdit_jax.kernels.window_attention.pallas_tpu import window_attention as _pallas_tpu
 from streamdit_jax.kernels.window_attention.reference import window_attention as _reference
 from streamdit_jax.kernels.window_attention.xla import window_attention as _xla
@@ -30,6 +32,8 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
     "tpu": ("pallas_tpu", "xla"),
     "cpu": ("xla",),
 }
+# Those that read query, key and value where one product has written them side by side.
+PACKED: dict[str, Callable] = {"mosaic_gpu": _packed_mosaic_gpu, "pallas_tpu": _packed_pallas_tpu}
 
 
 @functools.cache
@@ -77,3 +81,28 @@ def window_attention(
         _log_choice(target.device_kind, name, tuple(passed_over))
         return result
     raise NotImplementedError(f"no window attention on {target.device_kind}: {'; '.join(passed_over)}")
+
+
+def packed_window_attention(
+    qkv: Float[Array, "b tokens 3 heads dim"],
+    windows: Windows,
+    key_mask: Bool[Array, "b tokens"] | None = None,
+    segments: Int[Array, "windows blocks"] | None = None,
+) -> Float[Array, "b tokens heads dim"]:
+    """`window_attention` of query, key and value that lie side by side, as one product makes them.
+
+    The first backend of the platform's that takes the case serves if it reads them there; for others they are taken
+    apart, which costs a copy of all three.
+    """
+    target = sharding.target()
+    first = PREFERENCE.get(target.platform, ("xla",))[0]
+    if first in PACKED:
+        try:
+            result = PACKED[first](qkv, windows, key_mask, segments)
+        except NotImplementedError:
+            pass  # what follows logs why
+        else:
+            _log_choice(target.device_kind, f"{first}, of query, key and value side by side", ())
+            return result
+    query, key, value = (qkv[:, :, index] for index in range(3))
+    return window_attention(query, key, value, windows, key_mask, segments)

@@ -28,10 +28,19 @@ class How:
 
 def window_attention(query, key, value, windows: Windows, key_mask=None, segments=None):
     """See `streamdit_jax.kernels.window_attention.window_attention`."""
+    return attend(query, key, value, windows, key_mask, segments, multiprocessors=_hopper().core_count)
+
+
+def packed_window_attention(qkv, windows: Windows, key_mask=None, segments=None):
+    """See `streamdit_jax.kernels.window_attention.packed_window_attention`."""
+    return attend_packed(qkv, windows, key_mask, segments, multiprocessors=_hopper().core_count)
+
+
+def _hopper() -> jax.Device:
     device = sharding.target()
     if device.platform != "gpu" or not str(getattr(device, "compute_capability", "")).startswith("9."):
         raise NotImplementedError(f"needs a Hopper GPU, not {device.device_kind}")
-    return attend(query, key, value, windows, key_mask, segments, multiprocessors=device.core_count)
+    return device
 
 
 def attend(
@@ -53,16 +62,38 @@ def attend(
 
     Raises NotImplementedError for what the kernels do not take.
     """
+    if not query.dtype == key.dtype == value.dtype:
+        raise NotImplementedError(f"takes arrays of one type, not {query.dtype}, {key.dtype} and {value.dtype}")
+    how, works = _prepare(query, windows, key_mask, segments, tuning, multiprocessors, interpret)
+    return _attention(how, query, key, value, works)
+
+
+def attend_packed(
+    qkv,
+    windows: Windows,
+    key_mask=None,
+    segments=None,
+    *,
+    tuning: Tuning | None = None,
+    multiprocessors: int = 132,
+    interpret: Any = None,
+):
+    """`attend` for query, key and value side by side, [b, tokens, 3, heads, dim]."""
+    how, works = _prepare(qkv, windows, key_mask, segments, tuning, multiprocessors, interpret)
+    return _packed_attention(how, qkv, works)
+
+
+def _prepare(array, windows, key_mask, segments, tuning, multiprocessors, interpret) -> tuple[How, "Works"]:
     if key_mask is not None:
         raise NotImplementedError("takes no key mask")
-    if query.dtype not in (jnp.bfloat16, jnp.float16) or not query.dtype == key.dtype == value.dtype:
-        raise NotImplementedError(f"takes bfloat16 or float16, not {query.dtype}")
-    if query.shape[-1] not in TUNING:
-        raise NotImplementedError(f"takes a head_dim of {' or '.join(map(str, TUNING))}, not {query.shape[-1]}")
-    how = How(tuning or TUNING[query.shape[-1]], multiprocessors, interpret)
+    if array.dtype not in (jnp.bfloat16, jnp.float16):
+        raise NotImplementedError(f"takes bfloat16 or float16, not {array.dtype}")
+    if array.shape[-1] not in TUNING:
+        raise NotImplementedError(f"takes a head_dim of {' or '.join(map(str, TUNING))}, not {array.shape[-1]}")
+    how = How(tuning or TUNING[array.shape[-1]], multiprocessors, interpret)
     sizes = (how.tuning.forward.columns, how.tuning.query.columns, how.tuning.key_value.columns)
     works = {columns: work_of(windows, segments, columns) for columns in sizes}
-    return _attention(how, query, key, value, tuple(works[columns] for columns in sizes))
+    return how, tuple(works[columns] for columns in sizes)
 
 
 Works = tuple[Work, Work, Work]  # of the three kernels
@@ -107,3 +138,32 @@ def _attention_backward(how: How, saved, gradient):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _packed_attention(how: How, qkv, works: Works):
+    [out] = _forward(how, *_apart(qkv), works, save=False)
+    return out
+
+
+def _apart(qkv) -> list:
+    """Query, key and value as heads of one array."""
+    from streamdit_jax.kernels.window_attention.mosaic_gpu_pipeline import Heads
+
+    batch, tokens, count, heads, dim = qkv.shape
+    joined = qkv.reshape(batch, tokens, count * heads, dim)
+    return [Heads(joined, first, heads) for first in range(0, count * heads, heads)]
+
+
+def _packed_attention_forward(how: How, qkv, works: Works):
+    out, lse = _forward(how, *_apart(qkv), works, save=True)
+    return out, (qkv, out, lse, works)
+
+
+def _packed_attention_backward(how: How, saved, gradient):
+    qkv, out, lse, works = saved
+    *gradients, _ = _attention_backward(how, (*_apart(qkv), out, lse, works), gradient)
+    return jnp.stack(gradients, axis=2), None
+
+
+_packed_attention.defvjp(_packed_attention_forward, _packed_attention_backward)

@@ -7,7 +7,7 @@ has a place in a ring, with a barrier that says it has come and one that says it
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +21,34 @@ from streamdit_jax.kernels.window_attention.mosaic_gpu_tiles import ROWS, Work
 COMPUTE_REGISTERS, MEMORY_REGISTERS = 240, 24
 
 
+class Heads(NamedTuple):
+    """Some heads of [b, tokens, all heads, dim]: `count` of them, from `first` on. So operands that one product made
+    side by side are read where they lie.
+    """
+
+    array: jax.Array
+    first: int
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        batch, tokens, _, dim = self.array.shape
+        return batch, tokens, self.count, dim
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+    @property
+    def dtype(self):
+        return self.array.dtype
+
+
 @dataclasses.dataclass(frozen=True)
 class Ring:
-    """Places in shared memory that tiles pass through. operands: (global, shared) of what comes and goes together."""
+    """Places in shared memory that tiles pass through. operands: (global, its first head, shared) of what comes and
+    goes together.
+    """
 
     operands: Sequence[tuple[Any, Any]]
     come: Any
@@ -32,15 +57,15 @@ class Ring:
     def fill(self, place, batch, head, start):
         """Waits until the place is free, and brings the tile that starts at a token."""
         plgpu.barrier_wait(self.free.at[place])
-        for source, target in self.operands:
+        for source, first, target in self.operands:
             tokens = pl.ds(start, target.shape[1])
-            tile = source.at[batch, tokens, head] if len(source.shape) == 4 else source.at[batch, head, tokens]
+            tile = source.at[batch, tokens, first + head] if len(source.shape) == 4 else source.at[batch, head, tokens]
             plgpu.copy_gmem_to_smem(tile, target.at[place], self.come.at[place])
 
     def wait(self, place) -> list[Any]:
         """The tile's references in shared memory, once it has come."""
         plgpu.barrier_wait(self.come.at[place])
-        return [target.at[place] for _, target in self.operands]
+        return [target.at[place] for *_, target in self.operands]
 
     def release(self, place):
         plgpu.barrier_arrive(self.free.at[place])
@@ -134,7 +159,7 @@ def per_row(x, like):
 
 def run(
     compute: Callable,
-    inputs: Sequence[jax.Array],
+    inputs: Sequence[jax.Array | Heads],
     *,
     name: str,
     work: Work,
@@ -151,11 +176,13 @@ def run(
     compute(here, turns, owned, met, count, step) -> outputs, one tile of each for the warpgroup's rows; called by each
         computing warpgroup for each piece. owned, met: rings; count: how many tiles are met; step: how many were met
         before, so that tile j lies at place (step + j) mod stages. It waits for and releases each tile once.
-    inputs: [b, tokens, heads, dim], or float32 [b, heads, tokens]. owned, met: which of them come together, per ring,
-        as a row tile for each warpgroup or as tiles that are met.
+    inputs: [b, tokens, heads, dim], as arrays or as `Heads` of one, or float32 [b, heads, tokens]. owned, met: which
+        of them come together, per ring, as a row tile for each warpgroup or as tiles that are met.
     interpret: parameters of the interpreter, or None.
     """
     batch, _, heads, _ = inputs[0].shape
+    firsts = [each.first if isinstance(each, Heads) else 0 for each in inputs]
+    arrays = [each.array if isinstance(each, Heads) else each for each in inputs]
     warpgroups, pieces = work.warpgroups, work.pieces.shape[0]
     total = pieces * heads * batch
     loops = min(total, multiprocessors)
@@ -186,7 +213,7 @@ def run(
 
         def rings(groups, tiles, barriers):
             return [
-                Ring([(sources[i], tile) for i, tile in zip(group, of_group)], come, free)
+                Ring([(sources[i], firsts[i], tile) for i, tile in zip(group, of_group)], come, free)
                 for group, of_group, come, free in zip(groups, tiles, *barriers)
             ]
 
@@ -225,7 +252,7 @@ def run(
 
             each_piece(visit)
             for ring in [*owned_rings, *met_rings]:
-                for place in range(ring.operands[0][1].shape[0]):
+                for place in range(ring.operands[0][-1].shape[0]):
                     plgpu.barrier_wait(ring.free.at[place])
 
         @pl.when(warpgroup < warpgroups)
@@ -267,4 +294,4 @@ def run(
         interpret=interpret,
         kernel_name=name,
     )
-    return kernel(work.pieces, work.met, *inputs)
+    return kernel(work.pieces, work.met, *arrays)
