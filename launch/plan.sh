@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes the environment of `streamdit plan` and compiles every target of docs/scale.md; fails where one is missed. For a nightly run, on a
+# Makes the environment of `streamdit plan` and compiles every target of docs/scale.md, and the kernels; fails where one is missed. For a nightly run, on a
 # machine that does nothing else. Arguments go to pytest, as -k v5p; STREAMDIT_PLANS=docs/results writes the reports there.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -9,4 +9,4 @@ source "$root/launch/environment.sh"
 environment "${STREAMDIT_PLAN_VENV:-$root/.venv-plan}" "${root}[plan]"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "pytest>=8"
 export PYTHONPATH=$root JAX_PLATFORMS=cpu
-exec "$venv/bin/python" -m pytest -v -m nightly tests/plan/test_targets.py "$@"
+exec "$venv/bin/python" -m pytest -v -m nightly tests/plan "$@"

@@ -11,8 +11,9 @@ from streamdit_jax.kernels.windows import Windows
 
 LANES = 128
 LOG2E = math.log2(math.e)
-TILE = (512, 1024)  # queries × keys at once, where a window has as many
-BACKWARD_TILE = (256, 512)
+# Queries × keys at once, where a window has as many: of those tried, what the compiler schedules in the fewest
+# bundles of instructions for v5e, v5p and v6e. Float32 takes half of the rows: its products are six of bfloat16 each.
+TILE, BACKWARD_TILE = (1024, 1024), (512, 1024)
 STEP_TOKENS = 2048  # of a step, over its heads by 128 lanes: enough work to hide the copies behind
 LEAST_COPY = 32  # tokens; smaller copies than 8 KiB cost more than they bring
 VMEM_BYTES = 48 * 2**20  # of the 64 MiB and more of v5e and newer
@@ -77,17 +78,20 @@ class Case:
 
 
 def case_of(
-    query, key, value, windows: Windows, segments, interpret: bool
+    sizes: tuple[int, int, int], dtype: jnp.dtype, windows: Windows, segments: bool, interpret
 ) -> tuple[Case, Int[Array, "windows pieces"]]:
-    """How the kernels take it, and the number of each window's pieces. NotImplementedError where they do not."""
-    batch, _, heads, dim = query.shape
+    """How the kernels take arrays of so many (examples, heads, head_dim), and the number of each window's pieces.
+
+    segments: whether the parts of windows are data. Raises NotImplementedError for what they do not take.
+    """
+    batch, heads, dim = sizes
     if dim not in (64, 128):
         raise NotImplementedError(f"head_dim {dim} is not 64 or 128")
     if heads * dim % LANES:
         raise NotImplementedError(f"{heads} heads of {dim} do not fill {LANES} lanes")
-    if not query.dtype == key.dtype == value.dtype or query.dtype not in (jnp.bfloat16, jnp.float32):
-        raise NotImplementedError(f"{query.dtype}, {key.dtype} and {value.dtype}, not all bfloat16 or float32")
-    parts = segments is not None or windows.segments is not None
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        raise NotImplementedError(f"{dtype}, not bfloat16 or float32")
+    parts = segments or windows.segments is not None
     # Parts are said of blocks, so blocks stay the pieces.
     blocks, size = (windows.blocks, windows.order.block_size) if parts else _longest_pieces(windows)
     window = blocks.shape[1] * size
@@ -99,8 +103,10 @@ def case_of(
         raise NotImplementedError(f"parts of windows in blocks of {size} tokens, not a multiple of {LANES}")
     chunks = heads * dim // LANES
     together = max(n for n in range(1, chunks + 1) if chunks % n == 0 and (n == 1 or n * window <= STEP_TOKENS))
+    span = size if parts else window
     tile, backward_tile = (
-        tuple(_tile(size if parts else window, most) for most in sizes) for sizes in (TILE, BACKWARD_TILE)
+        (_tile(span, rows * 2 // jnp.dtype(dtype).itemsize), _tile(span, columns))
+        for rows, columns in (TILE, BACKWARD_TILE)
     )
     case = Case(
         batch=batch,
@@ -112,7 +118,7 @@ def case_of(
         lanes=together * LANES,
         tile=tile,
         backward_tile=backward_tile,
-        dtype=jnp.dtype(query.dtype),
+        dtype=jnp.dtype(dtype),
         interpret=interpret,
     )
     if case.vmem_bytes > VMEM_BYTES:

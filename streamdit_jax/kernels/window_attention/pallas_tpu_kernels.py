@@ -27,8 +27,9 @@ from streamdit_jax.kernels.window_attention.pallas_tpu_case import LANES, Case
 
 @dataclasses.dataclass(frozen=True)
 class Moves:
-    """The copies of a step, in or out: `arrays` in HBM, [batch, tokens, heads · head_dim], and the two halves of each
-    of `buffers`, [2, tokens of a window, lanes], that take turns.
+    """The copies of a step, in or out: `arrays` in HBM, [batch, tokens, heads · head_dim], or parts of one, each with
+    the lane at which it begins; and the two halves of each of `buffers`, [2, tokens of a window, lanes], that take
+    turns.
     """
 
     case: Case
@@ -41,13 +42,13 @@ class Moves:
     def start(self, step, half) -> None:
         case = self.case
         example, group, window = case.place(step)
-        lanes = pl.ds(pl.multiple_of(group * case.lanes, LANES), case.lanes)
 
         @pl.loop(0, case.pieces)
         def _(piece):
             row = pl.multiple_of(self.table[window * case.pieces + piece] * case.size, case.size)
             here = pl.ds(pl.multiple_of(piece * case.size, case.size), case.size)
-            for array, buffer in zip(self.arrays, self.buffers):
+            for (array, first), buffer in zip(self.arrays, self.buffers):
+                lanes = pl.ds(pl.multiple_of(first + group * case.lanes, LANES), case.lanes)
                 ends = array.at[example, pl.ds(row, case.size), lanes], buffer.at[half, here]
                 pltpu.make_async_copy(*(ends[::-1] if self.out else ends), self.semaphores.at[half]).start()
 
@@ -89,6 +90,15 @@ def _overlapped(case: Case, fetched: Moves, written: Moves, compute: Callable) -
         written.wait(half)
 
 
+def _apart(case: Case, arrays: Sequence) -> list:
+    """Query, key and value, or their gradients, with the lane at which each begins: three arrays, or side by side in
+    one.
+    """
+    if len(arrays) == 3:
+        return [(array, 0) for array in arrays]
+    return [(arrays[0], index * case.heads * case.head_dim) for index in range(3)]
+
+
 def _dot(a, b, contract: tuple[int, int]):
     """Products of tiles, summed in float32; exact for float32."""
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
@@ -125,14 +135,14 @@ def _at(index, size: int):
     return pl.ds(index * size if isinstance(index, int) else pl.multiple_of(index * size, size), size)
 
 
-def forward_kernel(case: Case, table, ranges, query, key, value, bias, out, lse, buffers, semaphores):
-    """Refs: table, ranges in SMEM; query, key, value, out [batch, tokens, lanes] in HBM; bias [1, tokens of a window]
-    or None; lse [heads of a step, tokens of a window].
+def forward_kernel(case: Case, table, ranges, qkv, bias, out, lse, buffers, semaphores):
+    """Refs: table, ranges in SMEM; qkv, those of query, key, value, or of one array, and out in HBM; bias [1, tokens of
+    a window] or None; lse [heads of a step, tokens of a window].
     """
     rows, columns = case.tile
     q, k, v, o = buffers
-    fetched = Moves(case, table, (query, key, value), (q, k, v), semaphores.at[0])
-    written = Moves(case, table, (out,), (o,), semaphores.at[1], out=True)
+    fetched = Moves(case, table, _apart(case, qkv), (q, k, v), semaphores.at[0])
+    written = Moves(case, table, [(out, 0)], (o,), semaphores.at[1], out=True)
 
     def compute(half, window):
         @pl.loop(0, case.lanes // LANES)
@@ -176,15 +186,16 @@ def forward_kernel(case: Case, table, ranges, query, key, value, bias, out, lse,
     _overlapped(case, fetched, written, compute)
 
 
-def backward_kernel(case: Case, table, ranges, refs, bias, lse, gradients, buffers, semaphores, sums):
-    """Refs as in `forward_kernel`: refs query, key, value, out and its gradient; gradients those of query, key, value;
-    sums, float32, of dK and dV [tokens of a window, 128].
+def backward_kernel(case: Case, table, ranges, qkv, out, gradient, bias, lse, gradients, buffers, sums, semaphores):
+    """Refs as in `forward_kernel`: gradient, of out; gradients, of qkv; sums, float32, of dK and dV [tokens of a
+    window, 128].
     """
     rows, columns = case.backward_tile
     q, k, v, o, do, dq, dk, dv = buffers
     key_sums, value_sums = sums
-    fetched = Moves(case, table, refs, buffers[:5], semaphores.at[0])
-    written = Moves(case, table, gradients, buffers[5:], semaphores.at[1], out=True)
+    inputs = [*_apart(case, qkv), (out, 0), (gradient, 0)]
+    fetched = Moves(case, table, inputs, buffers[:5], semaphores.at[0])
+    written = Moves(case, table, _apart(case, gradients), buffers[5:], semaphores.at[1], out=True)
 
     def compute(half, window):
         @pl.loop(0, case.lanes // LANES)
@@ -279,49 +290,51 @@ def _halves(case: Case, count: int) -> list:
     return [pltpu.VMEM((2, case.tokens, case.lanes), case.dtype) for _ in range(count)]
 
 
-def forward(case: Case, table, ranges, query, key, value, bias):
+def forward(case: Case, table, ranges, qkv: tuple, bias):
     """Output [batch, tokens, heads · head_dim], and log-sum-exps in base 2, [batch, groups, windows, heads of a step,
     tokens of a window], in the order of the table.
 
     table: int32 [windows · pieces], the number of each piece. ranges: int32 [windows · pieces · 2], first and last + 1
-        of the pieces that each sees, or None. query, key, value: [batch, tokens, heads · head_dim]. bias: float32
-        [batch, windows, 1, tokens of a window], added to the scores of each key, or None.
+        of the pieces that each sees, or None. qkv: query, key, value, each [batch, tokens, heads · head_dim], or one
+        array of them side by side. bias: float32 [batch, windows, 1, tokens of a window], added to the scores of each
+        key, or None.
     """
     scalars = [table] if ranges is None else [table, ranges]
 
     def kernel(*refs):
-        refs = list(refs)
-        seen = [refs.pop(0) for _ in scalars]
-        arrays = [refs.pop(0) for _ in range(3)]
-        masked = None if bias is None else refs.pop(0)
-        out, lse, *buffers, semaphores = refs
-        forward_kernel(
-            case, seen[0], None if ranges is None else seen[1], *arrays, masked, out, lse, buffers, semaphores
-        )
+        (seen, ranges_seen), refs = _scalars(refs, ranges)
+        arrays, refs = refs[: len(qkv)], refs[len(qkv) :]
+        masked, (out, lse, *buffers, semaphores) = (None, refs) if bias is None else (refs[0], refs[1:])
+        forward_kernel(case, seen, ranges_seen, arrays, masked, out, lse, buffers, semaphores)
 
+    width = case.heads * case.head_dim
     outs = [
-        jax.ShapeDtypeStruct(query.shape, query.dtype),
+        jax.ShapeDtypeStruct((*qkv[0].shape[:2], width), case.dtype),
         jax.ShapeDtypeStruct((case.batch, case.groups, case.windows, case.step_heads, case.tokens), jnp.float32),
     ]
-    arrays = (query, key, value)
-    return _call(case, kernel, "window_attention_forward", scalars, arrays, bias, None, outs, _halves(case, 4), 2)
+    return _call(case, kernel, "window_attention_forward", scalars, qkv, bias, None, outs, _halves(case, 4), 2)
 
 
-def backward(case: Case, table, ranges, query, key, value, bias, out, lse, gradient):
-    """Gradients of query, key and value; arguments as `forward` takes and gives them."""
+def backward(case: Case, table, ranges, qkv: tuple, bias, out, lse, gradient) -> list:
+    """Gradients of `qkv`; arguments as `forward` takes and gives them."""
     scalars = [table] if ranges is None else [table, ranges]
+    count = len(qkv)
 
     def kernel(*refs):
-        refs = list(refs)
-        seen = [refs.pop(0) for _ in scalars]
-        arrays = [refs.pop(0) for _ in range(5)]
-        masked = None if bias is None else refs.pop(0)
-        saved, *rest = refs
-        gradients, buffers, sums, semaphores = rest[:3], rest[3:11], rest[11:13], rest[13]
-        ranges_ref = None if ranges is None else seen[1]
-        backward_kernel(case, seen[0], ranges_ref, arrays, masked, saved, gradients, buffers, semaphores, sums)
+        (seen, ranges_seen), refs = _scalars(refs, ranges)
+        arrays, (given, slope, *refs) = refs[:count], refs[count:]
+        masked, (saved, *refs) = (None, refs) if bias is None else (refs[0], refs[1:])
+        gradients, buffers, (*sums, semaphores) = refs[:count], refs[count : count + 8], refs[count + 8 :]
+        backward_kernel(
+            case, seen, ranges_seen, arrays, given, slope, masked, saved, gradients, buffers, sums, semaphores
+        )
 
-    outs = [jax.ShapeDtypeStruct(query.shape, query.dtype)] * 3
+    outs = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in qkv]
     scratch = _halves(case, 8) + [pltpu.VMEM((case.tokens, LANES), jnp.float32)] * 2
-    arrays = (query, key, value, out, gradient)
+    arrays = (*qkv, out, gradient)
     return _call(case, kernel, "window_attention_backward", scalars, arrays, bias, lse, outs, scratch, 5)
+
+
+def _scalars(refs: tuple, ranges) -> tuple:
+    """The refs of table and ranges, None where there are none of these, and those that follow."""
+    return ((refs[0], None), refs[1:]) if ranges is None else (refs[:2], refs[2:])
