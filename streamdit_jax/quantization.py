@@ -10,7 +10,7 @@ output stay in the type of the arithmetic: they are few, and what steers the pic
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -51,34 +51,34 @@ def quantize(
 
     Raises ConfigError for a model that is quantised already, for no prompts, and for fewer than one chunk.
     """
-    largest = calibrate(config, params, prompts, chunks=chunks, seed=seed)
+    require_calibration(config, prompts, chunks)
+    largest = calibrate(Pipeline(config, params), prompts, chunks=chunks, seed=seed)
     return quantize_with(config, params, largest)
 
 
-def require_unquantized(config: Config) -> None:
-    """ConfigError for a model that is quantised already."""
+def require_calibration(config: Config, prompts: Sequence[str], chunks: int) -> None:
+    """ConfigError for what cannot be calibrated, or so; nothing is computed."""
     if config.dit.quantization != "none":
         raise ConfigError(
             f"dit.quantization: the model is quantised already ({config.dit.quantization}); "
             "quantise the one that it was made from"
         )
-
-
-def calibrate(
-    config: Config, params: dict[str, Any], prompts: Sequence[str], *, chunks: int = 8, seed: int = 0
-) -> Largest:
-    """The largest |input| of each projection, "self_attention/qkv" and so on, by layer. See `quantize`."""
-    require_unquantized(config)
     if not prompts:
         raise ConfigError("--prompt: give at least one prompt to calibrate with")
     if chunks < 1:
         raise ConfigError(f"--chunks: at least 1, not {chunks}")
-    pipeline = Pipeline(config, params)
+
+
+def calibrate(pipeline: Pipeline, prompts: Sequence[str], *, chunks: int = 8, seed: int = 0) -> Largest:
+    """The largest |input| of each projection, "self_attention/qkv" and so on, by layer. See `quantize`."""
+    require_calibration(pipeline.config, prompts, chunks)
     largest = None
     for number, prompt in enumerate(prompts):
         for state, row, condition, _ in forwards(pipeline, prompt, seed + number, chunks):
             for text in (condition.text, condition.null_text):
-                seen = _largest_inputs(config.dit, pipeline.dit_params, state.buffer, row.levels[0][None], text)
+                seen = _largest_inputs(
+                    pipeline.config.dit, pipeline.dit_params, state.buffer, row.levels[0][None], text
+                )
                 largest = seen if largest is None else jax.tree.map(jnp.maximum, largest, seen)
     return largest
 
@@ -120,14 +120,20 @@ def _largest_inputs(config: DiTConfig, params: Any, latents: Array, levels: Arra
 
 def quantize_with(config: Config, params: dict[str, Any], largest: Largest) -> tuple[Config, dict[str, Any]]:
     """The quantised model for the largest |input| of each projection, as `calibrate` gives them."""
-    blocks = dict(params["dit"]["blocks"])
-    for module, name in PROJECTIONS:
-        if f"{module}/{name}" in largest:
-            one = blocks[module][name]
-            scale = as_scale(MARGIN * largest[f"{module}/{name}"])
-            blocks[module] = {**blocks[module], name: _quantize_weights(one["kernel"], one["bias"], scale)}
     config = dataclasses.replace(config, dit=dataclasses.replace(config.dit, quantization="fp8"))
+    blocks = quantize_blocks(params["dit"]["blocks"], largest)
     return config, {**params, "dit": {**params["dit"], "blocks": blocks}}
+
+
+def quantize_blocks(blocks: Mapping[str, Any], largest: Largest) -> dict[str, Any]:
+    """The stacked parameters of all layers, with the projections that `largest` names quantised."""
+    blocks = dict(blocks)
+    for path, values in largest.items():
+        module, name = path.split("/")
+        one = blocks[module][name]
+        quantized = _quantize_weights(one["kernel"], one["bias"], as_scale(MARGIN * values))
+        blocks[module] = {**blocks[module], name: quantized}
+    return blocks
 
 
 _quantize_weights = jax.jit(quantize_weights)

@@ -34,7 +34,7 @@ from streamdit_jax.machine import hardware, versions
 from streamdit_jax.models.dit import DiT, DiTConfig
 from streamdit_jax.models.linear import Weights, multiply
 from streamdit_jax.pipeline import Pipeline, find_model
-from streamdit_jax.quantization import MARGIN, PROJECTIONS, calibrate, forwards, quantize_with
+from streamdit_jax.quantization import MARGIN, PROJECTIONS, calibrate, forwards, quantize_with, require_calibration
 
 Model = tuple[Config, dict[str, Any]]
 MODELS = ("bfloat16", "fp8", "fp8_bfloat16")
@@ -60,7 +60,8 @@ def run(
     if Path(out).resolve() == directory.resolve():
         raise ConfigError(f"--out: {out} is the model itself, which stays as it is; give another directory")
     config, params = source = _read(directory)
-    largest = calibrate(config, params, prompts, chunks=chunks, seed=seed)
+    require_calibration(config, prompts, chunks)
+    largest = calibrate(Pipeline(config, params), prompts, chunks=chunks, seed=seed)
     quantized_config, quantized_params = quantize_with(config, params, largest)
     described = weights.load_card(directory)
     card = {

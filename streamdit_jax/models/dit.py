@@ -217,14 +217,17 @@ class FeedForward(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "b tokens width"]) -> Float[Array, "b tokens width"]:
-        config = self.config
+        config, quantized = self.config, self.config.quantization != "none"
+        # Quantised, what lies between the products is one pass, from scales to rounding, if nothing there is bfloat16:
+        # XLA makes two passes of it otherwise.
+        wide = jnp.float32 if quantized else None
 
-        def linear(features, name):
-            return Linear(features, config.compute_dtype, config.quantization != "none", name=name)
+        def linear(features, name, result=None):
+            return Linear(features, config.compute_dtype, quantized, result, name=name)
 
-        up = constrain(linear(config.ffn_width, "up")(x), "batch", "tokens", "mlp")
+        up = constrain(linear(config.ffn_width, "up", wide)(x), "batch", "tokens", "mlp")
         if config.ffn == "swiglu":
-            up = up * nn.silu(linear(config.ffn_width, "gate")(x))
+            up = up * nn.silu(linear(config.ffn_width, "gate", wide)(x))
         else:
             up = nn.gelu(up, approximate=True)
         return constrain(linear(config.width, "down")(up), *TOKENS)

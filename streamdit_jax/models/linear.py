@@ -52,10 +52,11 @@ class Linear(nn.Module):
     features: int
     dtype: jnp.dtype
     quantized: bool = False
+    result: jnp.dtype | None = None  # the type of the outputs, if it is not that of the arithmetic
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch inputs"]) -> Float[Array, "*batch features"]:
-        return multiply(x, declare(self, x.shape[-1], self.features, self.quantized), self.dtype)
+        return multiply(x, declare(self, x.shape[-1], self.features, self.quantized), self.dtype, self.result)
 
 
 def declare(module: nn.Module, inputs: int, features: int, quantized: bool) -> Weights:
@@ -71,8 +72,8 @@ def declare(module: nn.Module, inputs: int, features: int, quantized: bool) -> W
     )
 
 
-def multiply(x: Float[Array, "*batch inputs"], weights: Weights, dtype: jnp.dtype) -> Float[Array, "..."]:
-    """The map of tokens, computed and given in `dtype`: [*batch, *out]."""
+def multiply(x: Float[Array, "*batch inputs"], weights: Weights, dtype: jnp.dtype, result=None) -> Array:
+    """The map of tokens, [*batch, *out]: a product in and as `dtype`, outputs as `result`, by default the same."""
     quantized = weights.input_scale is not None
     if quantized:
         x = to_float8(x, weights.input_scale)
@@ -80,7 +81,7 @@ def multiply(x: Float[Array, "*batch inputs"], weights: Weights, dtype: jnp.dtyp
     out = jax.lax.dot_general(x.astype(dtype), weights.kernel.astype(dtype), (((x.ndim - 1,), (inputs,)), ((), ())))
     if quantized:
         out = out.astype(jnp.float32) * (weights.input_scale * weights.kernel_scale)
-    return (out + weights.bias.astype(out.dtype)).astype(dtype)
+    return (out + weights.bias.astype(out.dtype)).astype(result or dtype)
 
 
 def to_float8(values: Float[Array, "..."], scale: Float[Array, "..."]) -> Array:
