@@ -168,5 +168,11 @@ def rate(seconds: float, flops: float) -> dict[str, float]:
     return {"ms": round(1e3 * seconds, 4), "tflops": round(flops / seconds / 1e12, 4)}
 
 
+def attention_alone(shapes: dict[str, Any]) -> dict[str, Any]:
+    """`attention` and its "left_out", of shapes of which it needs no more than the windows', heads and type."""
+    device, left_out = torch.device("cuda" if torch.cuda.is_available() else "cpu"), []
+    return attention(shapes, device, getattr(torch, shapes["dtype"]), left_out) | {"left_out": left_out}
+
+
 if __name__ == "__main__":
-    print(json.dumps(measure(json.load(sys.stdin))))
+    print(json.dumps((attention_alone if "--attention" in sys.argv else measure)(json.load(sys.stdin))))

@@ -55,8 +55,10 @@ SMALL = Tuning(forward=Tiles(64, 2), query=Tiles(64, 2), key_value=Tiles(64, 2))
 CASES = {
     # Blocks of 64 in parts: one warpgroup computes, and how many tiles it meets is data.
     "cut": Case(windows_of((4, 8, 8), (2, 8, 8), (1, 8, 8), (1, 0, 0), CUT)),
-    # Windows in one part: two warpgroups in turn. Three windows for two loops: one goes on from piece to piece.
-    "wrapped": Case(windows_of((6, 8, 8), (2, 8, 8), (1, 8, 8), (1, 0, 0), WRAP), dtype="float16", tuning=SMALL),
+    # Windows in one part: two warpgroups in turn. One loop for three windows: it goes on from piece to piece.
+    "wrapped": Case(
+        windows_of((6, 8, 8), (2, 8, 8), (1, 8, 8), (1, 0, 0), WRAP), dtype="float16", loops=1, tuning=SMALL
+    ),
     "unshifted": Case(windows_of((4, 8, 8), (2, 8, 8), (1, 8, 8), (0, 0, 0), WRAP), batch=2, heads=2, loops=3),
     "packed": Case(windows_of((2, 8, 8), (2, 8, 8), (1, 8, 8), (0, 0, 0), WRAP), batch=2, heads=2, packed=True),
     "head_128": Case(windows_of((4, 8, 16), (2, 8, 16), (1, 8, 16), (1, 0, 0), CUT), dim=128, loops=1, twice=True),

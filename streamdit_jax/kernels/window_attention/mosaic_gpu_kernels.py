@@ -115,7 +115,7 @@ def query_gradient(query, key, value, gradient, lse, delta, work: Work, *, stage
 
     def compute(here, turns, owned, met, count, step):
         (rows,), (keys, values) = owned, met
-        q, do, lse, delta = rows.wait(here.warpgroup)
+        *_, lse, delta = rows.wait(here.warpgroup)
         lse, delta = here.per_row(lse), here.per_row(delta)
 
         def tile(j, dq):
@@ -124,6 +124,7 @@ def query_gradient(query, key, value, gradient, lse, delta, work: Work, *, stage
             def products(scores, weight_gradients, sums):
                 scores.write(lax.broadcast_in_dim(-lse, (ROWS, columns), [0]))
                 weight_gradients.write(lax.broadcast_in_dim(-delta, (ROWS, columns), [0]))
+                q, do, *_ = rows.tiles(here.place())
                 [k] = keys.wait(place)
                 scores.add(q, k, transposed=True)
                 [v] = values.wait(place)
@@ -164,13 +165,14 @@ def key_value_gradient(query, key, value, gradient, lse, delta, work: Work, *, s
 
     def compute(here, turns, owned, met, count, step):
         (rows,), (queries, gradients) = owned, met
-        k, v = rows.wait(here.warpgroup)
+        rows.wait(here.warpgroup)
 
         def tile(j, carry):
             dk, dv = carry
             place = lax.rem(step + j, stages)
 
             def products(scores, weight_gradients, dk_sums, dv_sums):
+                k, v = rows.tiles(here.place())
                 q, lse = queries.wait(place)
                 do, delta = gradients.wait(place)
                 scores.write(lax.broadcast_in_dim(-here.per_column(lse), (ROWS, columns), [1]))

@@ -65,6 +65,9 @@ class Ring:
     def wait(self, place) -> list[Any]:
         """The tile's references in shared memory, once it has come."""
         plgpu.barrier_wait(self.come.at[place])
+        return self.tiles(place)
+
+    def tiles(self, place) -> list[Any]:
         return [target.at[place] for *_, target in self.operands]
 
     def release(self, place):
@@ -88,6 +91,12 @@ class Here:
     def laid(self, x, layout=plgpu.Layout.WGMMA):
         """An array in the layout of accumulators (or of their rows or columns)."""
         return x if self.interpreted else plgpu.layout_cast(x, layout)
+
+    def place(self):
+        """The warpgroup's place among owned tiles, in a loop: the compiler would compute the descriptors of their parts
+        before it, and keep them in 32 registers that a loop has not got.
+        """
+        return lax.optimization_barrier(self.warpgroup)
 
     def zeros(self, *shape: int):
         return self.laid(jnp.zeros(shape, jnp.float32))

@@ -38,7 +38,7 @@ class Tuning:
 # By head_dim: what fits 227 KiB of shared memory and a thread's registers (docs/results/kernel-h200-compile.json).
 TUNING = {
     64: Tuning(forward=Tiles(128, 4), query=Tiles(128, 3), key_value=Tiles(64, 4)),
-    128: Tuning(forward=Tiles(128, 2), query=Tiles(128, 2), key_value=Tiles(64, 2)),
+    128: Tuning(forward=Tiles(128, 2), query=Tiles(128, 2), key_value=Tiles(64, 3)),
 }
 
 
