@@ -4,7 +4,8 @@ A kernel takes at least max(FLOPs / rate of products, bytes / bandwidth), and ke
 are the kernels of this implementation as it is designed to run, at inference, so that no statistics are saved:
 
 - a product reads its inputs and weights once and writes its result; bias, and tanh-GELU in bfloat16, are its epilogue;
-- gate + residual (+ position) + norm + scale + shift is one pass between two products (`kernels.residual_norm`);
+- gate + residual (+ position) + norm + scale + shift is one pass between two products (`kernels.residual_norm`); the
+  attention to the text has no gate, so that its last product adds the residual, and only the norm follows;
 - window attention reads queries, keys and values and writes its result; shifted windows are index arithmetic;
 - the text's keys and values are there already, once per prompt;
 - with fp8, what is multiplied was written as fp8 by the pass before it; weights' scales, one per output, and the bias
@@ -156,7 +157,9 @@ def _norms(config: DiTConfig, make: _Rows, tokens: int, frames: int, fp8: bool) 
         yield norm("norm before self-attention", layers - 1, 2, True, multiplied, tables)
     if config.cross_attention:
         yield norm("norm before cross-attention", layers, 2, True, hidden)
-    yield norm("norm before feed-forward", layers, 2, True, multiplied)
+        yield norm("norm before feed-forward", layers, 1, False, multiplied)
+    else:
+        yield norm("norm before feed-forward", layers, 2, True, multiplied)
     yield norm("final norm", 1, 2, False, hidden)
 
 
@@ -181,7 +184,8 @@ def _cross_attention(config: DiTConfig, make: _Rows, tokens: int, keys: int, see
     if config.qk_norm != "none":
         yield make.moved("cross query norm", "elementwise", layers, hidden, hidden)
     yield make.attention("cross-attention", "cross_attention", layers, tokens, keys, seen, width)
-    yield make.gemm("cross out", tokens, width, width, layers)
+    out = make.gemm("cross out", tokens, width, width, layers)
+    yield dataclasses.replace(out, read=out.read + hidden)
 
 
 def _feed_forward(config: DiTConfig, make: _Rows, tokens: int, fp8: bool) -> Iterator[Row]:

@@ -95,8 +95,13 @@ def test_the_bytes_of_the_4b_by_hand(model):
     window = rows["window attention to 2048"]
     assert (window.read, window.written, window.flops) == (3 * hidden, hidden, 4 * 16384 * 2048 * 3072)
     assert rows["cross-attention"].read == hidden + 2 * 768 * 3072 * 2
-    norm = rows["norm before feed-forward"]
+    norm = rows["norm before cross-attention"]
     assert norm.written == 2 * hidden and norm.read == 2 * hidden + 3 * 16 * 3072 * 2
+    # The product before it has added the residual.
+    assert rows["norm before feed-forward"].written == hidden and rows["norm before feed-forward"].read < 1.01 * hidden
+    assert rows["cross out"].read == rows["cross query"].read + hidden
+    alone = {row.name: row for row in forward(dataclasses.replace(model.dit, cross_attention=False), 768)}
+    assert alone["norm before feed-forward"] == dataclasses.replace(norm, name="norm before feed-forward")
     assert rows["first norm"].read < 1.01 * hidden and rows["norm before self-attention"].count == 31
     assert "gelu" not in rows and "query and key" not in rows  # an epilogue; and nothing to do without norm and angles
 

@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from streamdit_jax import flops, roofline
+from streamdit_jax.config import from_arguments
+
 ROOT = Path(__file__).parents[2]
 HOST_BYTES = 6 * 2**30
 COMPILE_SECONDS = 180
@@ -24,6 +27,8 @@ class Target:
     """arguments: of `streamdit plan`. devices: how many they describe. share: the most of a device's memory.
 
     batch: the least global batch. compile_seconds: the most, on two cores that do nothing else; 0 for no bound.
+    per_layer: for a GPU that streams, the most kernels of a layer; its products are then those of the roofline, none
+    of its weights is copied, and nothing rolls.
     """
 
     arguments: str
@@ -31,6 +36,7 @@ class Target:
     share: float = 0.8
     batch: int = 0
     compile_seconds: int = COMPILE_SECONDS
+    per_layer: int = 0
 
     @property
     def package(self) -> str:
@@ -39,6 +45,7 @@ class Target:
 
 QUALITY, DISTILL = "--config=configs/streamdit_4b_quality.py", "--config=configs/streamdit_4b_distill.py"
 BASE, TASK = "--config=configs/streamdit_4b.py", "--config=configs/streamdit_4b_task.py"
+STUDENT = f"{QUALITY} --what=stream --config.mesh.fsdp=1 --config.sampling.scheme=N8c2s1 --config.sampling.guidance=1.0"
 TARGETS = {
     "v5p-256": Target(f"{TASK} --topology=v5p:8x8x4", 256, batch=256),
     "v6e-256": Target(f"{TASK} --topology=v6e:16x16", 256, batch=256),
@@ -50,6 +57,8 @@ TARGETS = {
         f"{DISTILL} --topology=v5p:8x8x4 --config.training.distillation.batch_size=256", 256, batch=256
     ),
     "h200-stream": Target(f"{QUALITY} --topology=h200 --what=stream --config.mesh.fsdp=1", 1, compile_seconds=0),
+    "h200-student": Target(f"{STUDENT} --topology=h200", 1, compile_seconds=0, per_layer=14),
+    "h200-student-fp8": Target(f"{STUDENT} --topology=h200 --precision=fp8", 1, compile_seconds=0, per_layer=24),
     "v5e-8-stream": Target(
         f"{QUALITY} --topology=v5e:2x4 --what=stream --config.mesh.window=8 --config.mesh.fsdp=1", 8, compile_seconds=0
     ),
@@ -71,6 +80,24 @@ def test_target(name):
     assert report["host_peak_bytes"] <= HOST_BYTES
     assert report.get("batch_size", 0) >= target.batch
     assert not target.compile_seconds or report["compile_seconds"] <= target.compile_seconds
+    if target.per_layer:
+        require_kernels(target, report)
+
+
+def require_kernels(target: Target, report: dict) -> None:
+    """What XLA compiled of a student's forward is what the roofline is made of."""
+    found, config = report["kernels"], from_arguments([QUALITY])
+    rows = roofline.forward(config.dit, flops.text_tokens(config), report["precision"])
+    for kind in ("gemm", "fp8_gemm"):
+        assert found["kinds"].get(kind, {}).get("count", 0) == sum(row.count for row in rows if row.kind == kind)
+    products = sum(each["flops"] for each in found["kinds"].values())
+    assert products == sum(row.count * row.flops for row in rows if row.kind in ("gemm", "fp8_gemm"))
+    assert "batched_gemm" not in found["kinds"], "attention writes its scores"
+    assert found["weight_copies"]["count"] == 0
+    assert not any(name in operation for operation in found["copies"]["of"] for name in ("gather", "concat", "roll"))
+    assert found["per_layer"] <= target.per_layer
+    # Attention of both kinds by kernels of their own.
+    assert sum(found["kinds"][kind]["count"] for kind in ("mosaic_gpu", "cudnn")) >= 2 * config.dit.num_layers
 
 
 @pytest.mark.nightly
