@@ -248,16 +248,20 @@ def run(
                 plgpu.set_max_registers(MEMORY_REGISTERS, action="decrease")
 
             def visit(batch, head, piece, count, step):
+                begin = pieces_ref[piece, warpgroups]
+
+                def fill(j, rings):
+                    start = met_ref[begin + j]
+                    for ring in rings:
+                        ring.fill(lax.rem(step + j, stages), batch, head, start)
+
+                # The last piece's own tiles are the last to be free: what is met first need not wait for that.
+                fill(0, met_rings[:1])
                 for ring in owned_rings:
                     for place in range(warpgroups):
                         ring.fill(place, batch, head, pieces_ref[piece, place])
-                begin = pieces_ref[piece, warpgroups]
-
-                @pl.loop(0, count)
-                def _(j):
-                    start = met_ref[begin + j]
-                    for ring in met_rings:
-                        ring.fill(lax.rem(step + j, stages), batch, head, start)
+                fill(0, met_rings[1:])
+                pl.loop(1, count)(lambda j: fill(j, met_rings))
 
             each_piece(visit)
             for ring in [*owned_rings, *met_rings]:
