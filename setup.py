@@ -41,6 +41,7 @@ setup(
         "ml-collections>=1.0",
         "jaxtyping>=0.3",
         "safetensors>=0.5",
+        "flatbuffers>=24.3",
         "av>=14",
         "tqdm>=4.66",
     ],

@@ -69,22 +69,23 @@ def load(
     directory = find_model(name_or_directory)
     card = weights.load_card(directory)
     config = from_mapping(card["config"]) if config is None else config
-    params = parameters.load(directory, card, config, _expected(config, programs))
+    params = parameters.load(directory, card, config, parameter_shapes(config, programs))
     fingerprint = "+".join(card["parts"][part]["sha256"][:16] for part in parameters.PARTS)
     return Pipeline(config, params, fingerprint, programs)
 
 
-def _expected(config: Config, programs: Programs | None) -> dict[str, Any]:
-    """Shapes of the parameters of all parts, which to find out takes a trace of the whole model."""
+def parameter_shapes(config: Config, programs: Programs | None = None) -> dict[str, Any]:
+    """Shapes and types of the parameters of all parts, as `initialise` gives them. Finding them out takes a trace of
+    the whole model; programs: where they are remembered.
+    """
 
     def find() -> bytes:
         shapes = jax.eval_shape(functools.partial(initialise, config), jax.random.key(0))
-        return json.dumps(
-            {key: leaf.shape for key, leaf in traverse_util.flatten_dict(shapes, sep="/").items()}
-        ).encode()
+        flat = traverse_util.flatten_dict(shapes, sep="/")
+        return json.dumps({key: (leaf.shape, leaf.dtype.name) for key, leaf in flat.items()}).encode()
 
-    found = find() if programs is None else programs.remembered("shapes", config.to_json(), find)
-    flat = {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in json.loads(found).items()}
+    found = json.loads(find() if programs is None else programs.remembered("shapes", config.to_json(), find))
+    flat = {key: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for key, (shape, dtype) in found.items()}
     return traverse_util.unflatten_dict(flat, sep="/")
 
 

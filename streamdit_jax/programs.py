@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import logging
 import os
@@ -48,6 +49,8 @@ _NO_PART_OF_PROGRAMS = (
     "profiler",
     "coordination",
 )
+# Kernels, cuDNN's among them, may change from version to version; versions are part of a program's name.
+ANY_CALL = export.DisabledSafetyCheck.custom_call("ALL")
 _KEPT = 256  # files; those that have not been used for longest go
 
 for _type in (stream.StreamState, stream.Source, stream.Condition, stream.Row, CachedText):
@@ -55,7 +58,7 @@ for _type in (stream.StreamState, stream.Source, stream.Condition, stream.Row, C
 
 
 class UnsafeCache(Exception):
-    """A directory that others may write to; the message says which, and what would be right."""
+    """A directory that is not used, such as one that others may write to; the message says why."""
 
 
 class Programs:
@@ -168,10 +171,8 @@ class Program:
         data = programs._read(self._name, key)
         if data is None:
             abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), args)
-            # Custom calls are kernels of ours; versions are part of the key, so that none has to stay compatible.
-            any_call = export.DisabledSafetyCheck.custom_call("ALL")
             try:
-                exported = export.export(self._function, disabled_checks=[any_call])(*abstract)
+                exported = export.export(self._function, disabled_checks=[ANY_CALL])(*abstract)
                 data = bytes(exported.serialize())
             except (ValueError, NotImplementedError) as mistake:
                 logger.warning("%s: cannot be kept for the next start: %s", self._name, str(mistake).split("\n")[0])
@@ -253,6 +254,8 @@ def enable_caches() -> Caches:
         refused.append(f"{executables}: compiled code is neither read nor kept here: {mistake}")
         executables = None
     try:
+        if importlib.util.find_spec("flatbuffers") is None:
+            raise UnsafeCache("jax.export needs flatbuffers: pip install flatbuffers")
         # Within JAX's own directory: who chooses one chooses both.
         programs = Programs(base / "programs" if remote else Path(given or base) / "programs")
     except (OSError, UnsafeCache) as mistake:

@@ -386,7 +386,9 @@ def test_the_time_to_a_first_frame_is_counted_from_the_start_of_the_process(trai
 
     def popen(*_, **__):
         at = time.perf_counter() + 3
-        return Ended(json.dumps({"at": at, "parts": {"weights": 1.0, "stream": 0.5}, "compile_seconds": 0.4}), "")
+        parts = {"weights": 1.0, "trace_and_lower": 0.1, "compile_or_read": 0.3, "run": 0.1}
+        said = {"at": at, "parts": parts, "compile_seconds": 0.4, "programs_found": 7}
+        return Ended(json.dumps(said), "")
 
     monkeypatch.setattr(start.subprocess, "Popen", popen)
     report = start.first_frames(resolve([f"--config={trainable}"], None).to_json())

@@ -5,6 +5,7 @@ import queue
 import threading
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -98,6 +99,24 @@ def test_sessions_join_and_leave_without_recompiling_and_each_shows_its_own_vide
     with pytest.raises(SessionClosed):
         third.get(timeout=PATIENCE)
     assert list(third) == []
+
+
+def test_forwards_of_several_streams_take_nothing_from_the_host(engine):
+    """Three of them and an idle one, at different steps of filling and streaming."""
+    streams = [engine.streams.new(text, seed) for seed, text in enumerate(("a red car", "snow", "a bus"))]
+
+    def forward(streams):
+        forwards = [stream.begin() for stream in streams]
+        states, fronts = engine.batches.step([stream.state for stream in streams], forwards)
+        for stream, state, front in zip(streams, states, fronts):
+            stream.finish(state, front)
+
+    forward(streams)
+    for _ in range(9):
+        forward(streams[:2])  # the rows of filling, and all that repeat
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        for _ in range(8):
+            forward(streams)
 
 
 def test_receipts_and_logs(engine, pipeline):

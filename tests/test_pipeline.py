@@ -77,6 +77,61 @@ def test_prompt_seed_guidance_levels_never_recompile(pipeline):
     assert pipeline._encode_text._cache_size() == 1
 
 
+def test_a_running_stream_takes_nothing_from_the_host(pipeline):
+    """Rows, guidance and text lie on the device; not even an explicit transfer is made."""
+    stream = pipeline.stream("a red car", guidance=1.5)
+    next(stream)
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        with pytest.raises(RuntimeError, match="host-to-device"):
+            jax.device_put(np.ones(3, np.float32)).block_until_ready()
+        for _ in range(3):
+            next(stream)
+    stream.guidance, stream.prompt = 0.5, "snow"
+    next(stream)
+    with jax.transfer_guard_host_to_device("disallow_explicit"):
+        next(stream)
+
+
+@pytest.mark.parametrize("seed", [0, -1, -(2**31), 2**31 + 5, 2**32 - 1])
+def test_a_seed_is_jax_s_own(pipeline, seed):
+    state = pipeline.stream("", seed=seed).state
+    assert np.array_equal(jax.random.key_data(state.keys[0]), jax.random.key_data(jax.random.key(seed)))
+
+
+def test_layers_may_be_stacked_or_apart_on_the_host_or_on_the_device(pipeline, tiny, tiny_params):
+    """As they are loaded, and in the type of the arithmetic."""
+    blocks = tiny_params["dit"]["blocks"]
+    layers = [jax.tree.map(lambda leaf, index=index: leaf[index], blocks) for index in range(tiny.dit.num_layers)]
+    for params in (
+        tiny_params,
+        jax.tree.map(jnp.asarray, tiny_params),
+        {**tiny_params, "dit": {**tiny_params["dit"], "blocks": layers}},
+    ):
+        made = Pipeline(tiny, params)
+        assert isinstance(made.dit_params["blocks"], tuple)
+        jax.tree.map(np.testing.assert_array_equal, made.dit_params, pipeline.dit_params)
+
+
+def test_parameters_are_never_wider_than_they_are_stored(tiny, tiny_params, tmp_path):
+    """Beside a transformer in bfloat16, as on accelerators; where it computes in float32, all are."""
+    half = dataclasses.replace(tiny, dit=dataclasses.replace(tiny.dit, dtype="bfloat16"))
+    weights.save_model(tmp_path, json.loads(half.to_json()), tiny_params, {}, dtype="bfloat16")
+    for config, dtype in ((half, "bfloat16"), (tiny, "float32")):
+        made = sd.load(tmp_path, config=config)
+        leaves = jax.tree.leaves((made.dit_params, made._tae_params, made._text_params))
+        assert {str(leaf.dtype) for leaf in leaves} == {dtype}
+    frames = [
+        take(sd.load(tmp_path, config=half).stream("a red car"), 1),
+        take(Pipeline(half, _half(tiny_params)).stream("a red car"), 1),
+    ]
+    assert np.abs(frames[0].astype(int) - frames[1]).max() <= 1
+
+
+def _half(params):
+    """bfloat16's numbers in float32, which autoencoder and text encoder compute in."""
+    return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16).astype(np.float32), params)
+
+
 def test_prompts_tell_the_frame_rate_where_captions_did(pipeline, tiny, tiny_params):
     """Movie Gen §3.1.3; the empty prompt stays the one without conditions."""
     data = dataclasses.replace(tiny.data, frame_rate_prompt=True)

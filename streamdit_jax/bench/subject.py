@@ -16,7 +16,8 @@ from streamdit_jax.config import Config, from_arguments, from_mapping
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.dit import DiTConfig
 from streamdit_jax.models.linear import QUANTIZED
-from streamdit_jax.pipeline import Pipeline, find_model, initialise, load
+from streamdit_jax.pipeline import Pipeline, find_model, load, parameter_shapes
+from streamdit_jax.programs import Programs
 from streamdit_jax.sharding import path_name
 
 PRECISIONS = ("auto", "float32", "bfloat16", "fp8")
@@ -50,17 +51,12 @@ class Subject:
         """float32 | bfloat16 | fp8: of the transformer's products."""
         return "fp8" if self.config.dit.quantization == "fp8" else str(self.config.dit.compute_dtype)
 
-    def pipeline(self) -> Pipeline:
-        """Its weights on the device. ConfigError where they do not fit."""
-        self.require_memory(sum(self.parameter_bytes().values()), "its parameters")
+    def pipeline(self, programs: Programs | None = None) -> Pipeline:
+        """Its weights on the device. programs: as `pipeline.load`. ConfigError where they do not fit."""
+        self.require_memory(sum(self.parameter_bytes(programs).values()), "its parameters")
         if self.model is None:
-            return Pipeline(self.config, random_params(self.config), "random")
-        if self.config == load_config(self.model):
-            return load(self.model)
-        directory = find_model(self.model)
-        card = weights.load_card(directory)
-        params = {part: weights.load_part(directory, card, part) for part in ("tae", "text", "dit")}
-        return Pipeline(self.config, params, "measured")
+            return Pipeline(self.config, random_params(self.config, programs), "random", programs)
+        return load(self.model, config=self.config, programs=programs)
 
     def of_one_layer_text(self) -> "Subject":
         """The same with random text encoders of one layer, for what does not measure them: of the 4B model's
@@ -71,11 +67,11 @@ class Subject:
         text = tuple(dataclasses.replace(of_encoder, num_layers=1) for of_encoder in self.config.text)
         return dataclasses.replace(self, config=dataclasses.replace(self.config, text=text))
 
-    def shapes(self) -> dict[str, Any]:
+    def shapes(self, programs: Programs | None = None) -> dict[str, Any]:
         """Shapes of the parameters of each part; nothing is computed."""
-        return jax.eval_shape(lambda: initialise(self.config, jax.random.key(0)))
+        return parameter_shapes(self.config, programs)
 
-    def parameter_bytes(self) -> dict[str, int]:
+    def parameter_bytes(self, programs: Programs | None = None) -> dict[str, int]:
         """Bytes of each part's parameters on the device: the transformer's in its own precision, the others' in
         float32.
         """
@@ -84,7 +80,7 @@ class Subject:
                 leaf.size * dtype.itemsize
                 for leaf, dtype in zip(jax.tree.leaves(tree), _dtypes(self.config, part, tree))
             )
-            for part, tree in self.shapes().items()
+            for part, tree in self.shapes(programs).items()
         }
 
     def require_memory(self, needed: int, what: str) -> None:
@@ -167,7 +163,7 @@ def _dtypes(config: Config, part: str, tree: Any) -> list[jnp.dtype]:
     ]
 
 
-def random_params(config: Config, seed: int = 0) -> dict[str, Any]:
+def random_params(config: Config, programs: Programs | None = None, seed: int = 0) -> dict[str, Any]:
     """Parameters for a clock, on the device, in the types that a pipeline holds. Unlike a fresh model's no gate is
     closed, so that a prompt reaches the picture. One block of normal numbers, repeated on the device: gigabytes take
     seconds. Quantised maps get values that use float8's range, and scales that make them as large as
@@ -188,7 +184,7 @@ def random_params(config: Config, seed: int = 0) -> dict[str, Any]:
         return jnp.asarray((scale * block[: leaf.size]).astype(dtype).reshape(leaf.shape))
 
     params = {}
-    for part, tree in jax.eval_shape(lambda: initialise(config, jax.random.key(0))).items():
+    for part, tree in parameter_shapes(config, programs).items():
         paths, structure = jax.tree_util.tree_flatten_with_path(tree)
         filled = [fill(path, leaf, dtype) for (path, leaf), dtype in zip(paths, _dtypes(config, part, tree))]
         params[part] = jax.tree.unflatten(structure, filled)
