@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from streamdit_jax.config import from_arguments
 from streamdit_jax.kernels import window_attention as attention
 from streamdit_jax.kernels.window_attention import mosaic_gpu
 from streamdit_jax.kernels.window_attention.mosaic_gpu_tiles import ROWS, TUNING, work_of
@@ -238,3 +239,13 @@ def test_at_full_size_on_a_gpu(name, dtype):
 
 def test_tuning_fits_the_shapes():
     assert {shape.dim for shape in SHAPES.values()} <= TUNING.keys()
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [("streamdit_4b", ["streamdit_4b", "streamdit_4b_shifted"]), ("roadtrip", ["roadtrip", "roadtrip_cut"])],
+)
+def test_shapes_are_those_of_the_configurations(config, names):
+    dit = from_arguments([f"--config={HERE.parents[1]}/configs/{config}.py"]).dit
+    of_layers = [Shape(windows, dit.num_heads, dit.head_dim) for windows in dit.layer_windows()[:2]]
+    assert [SHAPES[name] for name in names] == of_layers

@@ -29,8 +29,7 @@ pytestmark = [
         reason="needs JAX's CUDA plugin and ptxas: run launch/plan.sh",
     ),
 ]
-# Of shapes that make the same kernels, one: a process compiles each kernel once.
-NAMES = [name for name in SHAPES if name != "streamdit_4b"]
+NAMES = [name for name in SHAPES if name != "streamdit_4b"]  # whose kernels are those of its shifted layers
 KERNELS = {"window_attention": "forward", "query_gradient": "query", "key_value_gradient": "key_value"}
 
 

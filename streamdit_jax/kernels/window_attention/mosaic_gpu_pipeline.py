@@ -50,7 +50,7 @@ class Ring:
     goes together.
     """
 
-    operands: Sequence[tuple[Any, Any]]
+    operands: Sequence[tuple[Any, int, Any]]
     come: Any
     free: Any
 
@@ -295,6 +295,8 @@ def run(
             pl.when(warpgroup == 0)(order.take)
             plgpu.wait_smem_to_gmem(0)
 
+    # Lane: what each thread holds is laid out here, rather than inferred, as newer versions of JAX do unless told.
+    parameters = plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane)
     kernel = plgpu.kernel(
         body,
         out_type=tuple(outputs),
@@ -303,7 +305,7 @@ def run(
         grid_names=("loop",),
         num_threads=warpgroups + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=parameters,
         interpret=interpret,
         kernel_name=name,
     )

@@ -28,6 +28,11 @@ def _layer(grid, window, shifted: bool, *, heads: int, dim: int, wrap_time: bool
     return Shape(Windows(order, window, block if shifted else (0, 0, 0), (wrap_time, True, True)), heads, dim)
 
 
+def _roadtrip(shift: int) -> Shape:
+    order = TokenOrder((16, 4, 4), (8, 4, 4), (4, 4, 4))
+    return Shape(Windows(order, order.window, (shift, 0, 0), (False, True, True)), heads=4, dim=64)
+
+
 SHAPES = {
     # configs/streamdit_4b*.py: 16 × 32 × 32 tokens of 512×512 video, 8 windows of 2048.
     "streamdit_4b": _layer((16, 32, 32), (8, 16, 16), False, heads=24, dim=128),
@@ -36,7 +41,9 @@ SHAPES = {
     "streamdit_4b_cut": _layer((16, 32, 32), (8, 16, 16), True, heads=24, dim=128, wrap_time=False),
     # Wan 2.1's 1.3B at 480×832 and 16 latent frames (12 heads of 128; 30 × 52 tokens, completed to 32 × 64).
     "wan_like_shifted": _layer((16, 32, 64), (8, 16, 16), True, heads=12, dim=128),
-    # A small model of the roadtrip's form, in windows that the kernels take.
-    "head_64_shifted": _layer((16, 16, 16), (8, 8, 8), True, heads=8, dim=64),
-    "head_64_cut": _layer((16, 16, 16), (8, 8, 8), True, heads=8, dim=64, wrap_time=False),
+    # As wide as the 4B, in heads of 64.
+    "head_64_shifted": _layer((16, 32, 32), (8, 16, 16), True, heads=48, dim=64),
+    # configs/roadtrip.py: two windows of 128 tokens, whose halves along time are all there is to a shift.
+    "roadtrip": _roadtrip(0),
+    "roadtrip_cut": _roadtrip(4),
 }
