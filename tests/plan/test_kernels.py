@@ -3,6 +3,7 @@
 import pytest
 
 from streamdit_jax.plan.kernels import census, kernels
+from streamdit_jax.plan.table import table
 
 # Two branches of a forward: with guidance two streams, without it one. A layer has one product with its bias, one fp8
 # product, windows moved by a gather, an attention of cuDNN's, a fused norm by a Mosaic kernel, and a weight converted.
@@ -198,3 +199,30 @@ ENTRY %main (p: f32[2,8,8], e: f8e4m3fn[8,8]) -> f32[] {{
 """
     ((kernel, count),) = kernels(hlo, guided=True)
     assert (kernel.kind, count) == (kind, 1)
+
+
+def test_the_table_tells_of_kernels():
+    report = {
+        "config": "tiny",
+        "what": "stream",
+        "scheme": "N8c2s1",
+        "guidance": 1.0,
+        "topology": "h200",
+        "slices": 1,
+        "devices": 1,
+        "mesh": {"data": 1},
+        "parameters": 10,
+        "precision": "fp8",
+        "argument_bytes_per_device": 1,
+        "temporary_bytes_per_device": 1,
+        "hbm_share": 0.1,
+        "hbm_bytes_per_device": 10,
+        "flops_per_step": None,
+        "collectives": {},
+        "compile_seconds": 1.0,
+        "host_peak_bytes": 1,
+        "kernels": census(MODULE, guided=False, layers=1),
+    }
+    lines = {line.split("  ")[0]: line for line in table(report).splitlines()}
+    assert "9 launches, 7 a layer" in lines["kernels"]
+    assert lines["gemm"].endswith("1, 3.0 MiB read, 1.0 MiB written") and "1, 6.0 MiB" in lines["weight copies"]
