@@ -4,7 +4,12 @@
 """
 
 import functools
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +41,30 @@ CASES = {
     "half": (windows_of((4, 8, 16), (2, 8, 16), (1, 0, 0), WRAP), 1, 1, 128, True, jnp.bfloat16),
 }
 TOLERANCE = {jnp.float32: 2e-6, jnp.bfloat16: 1.6e-2}
+
+
+WATCHED = """
+import json
+import jax, numpy as np
+from jax.experimental.pallas import tpu as pltpu
+from streamdit_jax.kernels.window_attention.pallas_tpu import window_attention
+from streamdit_jax.kernels.window_attention.reference import window_attention as reference
+from streamdit_jax.kernels.windows import TokenOrder, Windows
+
+windows = Windows(TokenOrder((4, 16, 16), (2, 8, 16), (1, 8, 16)), (2, 8, 16), (1, 0, 0), (True, True, True))
+*arrays, cotangent = np.random.default_rng(2).normal(size=(4, 1, 1024, 1, 128)).astype(np.float32)
+
+def run(attend, **how):
+    def both(*qkv):
+        out, back = jax.vjp(lambda *qkv: attend(*qkv, windows, **how), *qkv)
+        return out, *back(cotangent)
+
+    return jax.jit(both)(*arrays)
+
+watched = pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2)
+found = run(window_attention, interpret=watched)
+print(json.dumps([float(np.max(np.abs(a - b))) for a, b in zip(found, run(reference))]))
+"""
 
 
 @functools.cache
@@ -163,6 +192,21 @@ def test_what_it_declines(change, reason):
 def test_it_declines_devices_that_are_no_tpu():
     with pytest.raises(NotImplementedError, match=f"not for {jax.default_backend()}"):
         pallas_tpu.window_attention(*drawn("odd")[:3], CASES["odd"][0])
+
+
+@pytest.mark.slow
+def test_copies_and_computation_do_not_race():
+    """In an interpreter that delays copies until they are waited for, and follows who reads and writes what."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "NPROC": "8", "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [
+        sys.executable,
+        "-c",
+        WATCHED,
+    ]  # of its own: the interpreter wants more threads than the machine may have
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "RACE DETECTED" not in done.stdout + done.stderr
+    assert max(json.loads(done.stdout)) < 2e-6
 
 
 def test_it_declines_arrays_of_unlike_types():
