@@ -267,6 +267,21 @@ def test_a_model_beside_itself_differs_in_nothing(tiny, tiny_params):
     assert all(one == {"alone": 0, "in_model": 0} for layer in report["layers"] for one in layer.values())
 
 
+def test_the_guide_tells_the_recorded_figures():
+    guide = (ROOT / "docs/quantization.md").read_text(encoding="utf-8")
+    recorded = json.loads((ROOT / "docs/results/quantize-roadtrip.json").read_text(encoding="utf-8"))["comparison"]
+    for name, what in (
+        ("bfloat16", "the source in bfloat16"),
+        ("fp8", "fp8, the rest in float32"),
+        ("fp8_bfloat16", "fp8, the rest in bfloat16"),
+    ):
+        one = recorded[name]
+        figures = [one[of][kind] for of in ("one_forward", "stream") for kind in ("mean", "worst")]
+        row = " | ".join([what, f"{one['velocity']:.2%}", *(f"{figure:.1f}" for figure in figures)])
+        assert f"| {row} |" in guide
+    assert recorded["fp8_bfloat16"]["stream"]["worst"] >= 35
+
+
 SHARDED = """
 import dataclasses, sys
 import jax, jax.numpy as jnp, numpy as np
