@@ -228,6 +228,11 @@ def test_a_backend_that_declines_is_passed_over_and_the_choice_logged_once(monke
         attention.window_attention(*small())
 
 
+def test_every_preference_has_a_backend_and_ends_with_one_that_takes_all():
+    for names in attention.PREFERENCE.values():
+        assert set(names) <= attention.BACKENDS.keys() and names[-1] == "xla"
+
+
 def test_backends_are_tried_for_the_device_that_one_traces_for(monkeypatch):
     monkeypatch.setitem(attention.BACKENDS, "doubling", lambda query, *rest: 2 * query)
     monkeypatch.setitem(attention.PREFERENCE, "tpu", ("doubling", "xla"))

@@ -25,8 +25,8 @@ BACKENDS: dict[str, Callable] = {
     "mosaic_gpu": _mosaic_gpu,
     "cudnn": _cudnn,
 }
-# Per platform of the device that one traces for, the best first; names without a backend are passed over. The plain
-# definition materialises scores between all tokens: it specifies and tests, and is never chosen on its own.
+# Per platform of the device that one traces for, the best first. The plain definition materialises scores between all
+# tokens: it specifies and tests, and is never chosen on its own.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "gpu": ("mosaic_gpu", "cudnn", "xla"),
     "tpu": ("pallas_tpu", "xla"),
@@ -71,8 +71,6 @@ def window_attention(
     target = sharding.target()
     passed_over = []
     for name in PREFERENCE.get(target.platform, ("xla",)):
-        if name not in BACKENDS:
-            continue
         try:
             result = BACKENDS[name](query, key, value, windows, key_mask, segments)
         except NotImplementedError as reason:
