@@ -25,9 +25,9 @@ train=("$python" -m streamdit_jax.cli bench --what=train "--config=$config" "--s
 
 # STEP:CALL:SECONDS, in the order of their worth.
 steps=(
-  kernels:1:150 forward-bf16:1:180 forward-fp8:1:180
-  stream-bf16:2:270 stream-fp8:2:270
-  train:3:150 compare:3:200 flags-triton:3:70 flags-graphs-off:3:70 flags-graphs-conditional:3:70
+  kernels:1:120 forward-bf16:1:190 forward-fp8:1:280
+  stream-bf16:2:250 stream-fp8:2:340
+  train:3:140 compare:3:180 flags-triton:3:90 flags-graphs-off:3:90 flags-graphs-conditional:3:90
 )
 
 command_of() { # STEP → the array $command and the XLA flags in $flags
