@@ -36,12 +36,13 @@ def quick(monkeypatch):
     """Without the matrix product, and with few repeats of a small shape."""
     monkeypatch.setattr(kernels, "product_rate", lambda dtype: 1e12)
     monkeypatch.setattr(kernels, "BATCHES", 3)
+    monkeypatch.setattr(kernels, "CALLS", 2)
     monkeypatch.setitem(kernels.SHAPES, "streamdit_4b", Shape(WINDOWS, 2, 8))
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="counts on a CPU's backends")
 def test_rates_follow_from_flops_and_times(quick):
-    report = kernels.measure({"small": Shape(WINDOWS, 2, 8)}, jnp.dtype("float32"), tune=True, calls=2)
+    report = kernels.measure({"small": Shape(WINDOWS, 2, 8)}, jnp.dtype("float32"), tune=True)
     assert (report["product_tflops"], report["dtype"]) == (1.0, "float32")
     small = report["shapes"]["small"]
     assert small["windows"] == [2, 32, 2, 8] and small["flops"] == 4 * 2 * 32**2 * 16
@@ -52,7 +53,7 @@ def test_rates_follow_from_flops_and_times(quick):
 
 
 def test_a_backend_that_declines_says_why(quick):
-    found = kernels.backend_rates("mosaic_gpu", Shape(WINDOWS, 2, 8), jnp.dtype("float32"), 1)
+    found = kernels.backend_rates("mosaic_gpu", Shape(WINDOWS, 2, 8), jnp.dtype("float32"))
     assert found.keys() == {"declined"} and found["declined"]
 
 

@@ -29,10 +29,9 @@ from streamdit_jax.kernels.window_attention.mosaic_gpu_tiles import TUNING, Tile
 from streamdit_jax.kernels.window_attention.shapes import SHAPES, Shape
 
 BACKWARD = 2.5  # times the FLOPs of the forward: five products where that has two
-BATCHES, CALLS = (
-    15,
-    10,
-)  # how many are timed, and how many calls follow one another in each, so that launches are hidden
+BATCHES, CALLS = 15, 10  # what is timed; calls of a batch follow one another, so that launches are hidden
+ENOUGH_SECONDS = 0.02  # a batch needs no more calls than take this long
+TORCH_SECONDS = 60
 DEFAULT_SHAPES = ("streamdit_4b", "streamdit_4b_shifted", "streamdit_4b_cut")
 # The sizes that --tune tries, one kernel at a time.
 CANDIDATES = {
@@ -42,7 +41,7 @@ CANDIDATES = {
 }
 
 
-def measure(shapes: dict[str, Shape], dtype: jnp.dtype, *, tune: bool = False, calls: int = CALLS) -> dict[str, Any]:
+def measure(shapes: dict[str, Shape], dtype: jnp.dtype, *, tune: bool = False) -> dict[str, Any]:
     """Rates of every backend, by shape. A backend that declines says why."""
     report: dict[str, Any] = {
         "hardware": machine.hardware(),
@@ -56,35 +55,35 @@ def measure(shapes: dict[str, Shape], dtype: jnp.dtype, *, tune: bool = False, c
     for name, shape in shapes.items():
         windows = shape.windows
         tokens = windows.order.num_tokens // len(windows.blocks)
-        timed = {each: backend_rates(each, shape, dtype, calls) for each in names}
+        timed = {each: backend_rates(each, shape, dtype) for each in names}
         report["shapes"][name] = {
             "windows": [len(windows.blocks), tokens, shape.heads, shape.dim],
             "flops": shape.flops,
             **timed,
         }
         if tune and "declined" not in timed.get("mosaic_gpu", {"declined": ""}):
-            report["shapes"][name]["tuning"] = tuned(shape, dtype, calls)
+            report["shapes"][name]["tuning"] = tuned(shape, dtype)
     return report
 
 
-def backend_rates(name: str, shape: Shape, dtype: jnp.dtype, calls: int) -> dict[str, Any]:
+def backend_rates(name: str, shape: Shape, dtype: jnp.dtype) -> dict[str, Any]:
     function = functools.partial(attention.window_attention, backend=name)
     try:
-        return rates(lambda *qkv: function(*qkv, shape.windows), shape, dtype, calls)
+        return rates(lambda *qkv: function(*qkv, shape.windows), shape, dtype)
     except NotImplementedError as reason:
         return {"declined": str(reason)}
 
 
-def rates(function: Callable, shape: Shape, dtype: jnp.dtype, calls: int) -> dict[str, float]:
+def rates(function: Callable, shape: Shape, dtype: jnp.dtype) -> dict[str, float]:
     """Milliseconds and TFLOP/s of the output alone, and of the gradients of query, key and value from what the forward
     has saved.
     """
     keys = jax.random.split(jax.random.key(0), 4)
     size = (1, shape.windows.order.num_tokens, shape.heads, shape.dim)
     *given, direction = (jax.random.normal(key, size, dtype) for key in keys)
-    forward = median_seconds(jax.jit(function), *given, calls=calls)
+    forward = median_seconds(jax.jit(function), *given)
     _, back = jax.jit(lambda *qkv: jax.vjp(function, *qkv))(*given)
-    backward = median_seconds(jax.jit(lambda back, direction: back(direction)), back, direction, calls=calls)
+    backward = median_seconds(jax.jit(lambda back, direction: back(direction)), back, direction)
     return {
         "forward_ms": round(1e3 * forward, 4),
         "forward_tflops": round(shape.flops / forward / 1e12, 4),
@@ -93,18 +92,20 @@ def rates(function: Callable, shape: Shape, dtype: jnp.dtype, calls: int) -> dic
     }
 
 
-def median_seconds(function: Callable, *arguments: Any, calls: int) -> float:
-    """Of one call: the median of batches of calls that are waited for together, after one that compiles."""
-    jax.block_until_ready(function(*arguments))
-    times = []
-    for _ in range(BATCHES):
+def median_seconds(function: Callable, *arguments: Any) -> float:
+    """Of one call: the median of batches of calls that are waited for together, after two that compile and warm up."""
+
+    def seconds(calls: int) -> float:
         began = time.perf_counter()
         jax.block_until_ready([function(*arguments) for _ in range(calls)])
-        times.append((time.perf_counter() - began) / calls)
-    return statistics.median(times)
+        return (time.perf_counter() - began) / calls
+
+    seconds(1)
+    calls = min(CALLS, 1 + int(ENOUGH_SECONDS / seconds(1)))
+    return statistics.median(seconds(calls) for _ in range(BATCHES))
 
 
-def tuned(shape: Shape, dtype: jnp.dtype, calls: int) -> list[dict[str, Any]]:
+def tuned(shape: Shape, dtype: jnp.dtype) -> list[dict[str, Any]]:
     """The rates with each of `CANDIDATES`, the others as in `TUNING`; those that do not fit are left out."""
     report = []
     for kernel, candidates in CANDIDATES.items():
@@ -117,7 +118,7 @@ def tuned(shape: Shape, dtype: jnp.dtype, calls: int) -> list[dict[str, Any]]:
                 multiprocessors=sharding.target().core_count,
             )
             try:
-                timed = rates(function, shape, dtype, calls)
+                timed = rates(function, shape, dtype)
             except ValueError:  # too much shared memory
                 continue
             report.append({"kernel": kernel, **dataclasses.asdict(tiles), **timed})
@@ -136,12 +137,11 @@ def torch_rates(shape: Shape, dtype: jnp.dtype) -> dict[str, Any]:
         "num_heads": shape.heads,
         "head_dim": shape.dim,
     }
-    done = subprocess.run(
-        [sys.executable, "-m", "streamdit_jax.bench.peer", "--attention"],
-        input=json.dumps(given),
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-m", "streamdit_jax.bench.peer", "--attention"]
+    try:
+        done = subprocess.run(command, input=json.dumps(given), capture_output=True, text=True, timeout=TORCH_SECONDS)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"was not done within {TORCH_SECONDS} seconds"}
     if done.returncode:
         return {"failed": (done.stderr.strip().splitlines() or ["no message"])[-1]}
     return json.loads(done.stdout.splitlines()[-1])
