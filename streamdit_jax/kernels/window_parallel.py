@@ -162,8 +162,20 @@ def window_attention(
 def packed_window_attention(
     qkv: Float[Array, "b tokens 3 heads dim"], windows: Windows, key_mask: Bool[Array, "b tokens"] | None = None
 ) -> Float[Array, "b tokens heads dim"]:
-    """`window_attention` of query, key and value side by side, as one product makes them."""
-    return _attend(kernels.packed_window_attention, (qkv,), ("batch", "tokens", None, "heads", None), windows, key_mask)
+    """`window_attention` of query, key and value side by side, as one product makes them.
+
+    Where devices do not share the heads, they cross as the product's own [batch, tokens, columns]: a TPU's compiler
+    lays an array with heads of its own otherwise, and would copy it, and the weights too.
+    """
+    if sharding.parts("heads") > 1:
+        axes = ("batch", "tokens", None, "heads", None)
+        return _attend(kernels.packed_window_attention, (qkv,), axes, windows, key_mask)
+    parts = qkv.shape[2:]
+
+    def attend(columns, *arguments, **named):
+        return kernels.packed_window_attention(columns.reshape(*columns.shape[:2], *parts), *arguments, **named)
+
+    return _attend(attend, (qkv.reshape(*qkv.shape[:2], -1),), ("batch", "tokens", "heads"), windows, key_mask)
 
 
 def _attend(kernel, of_tokens, axes, windows: Windows, key_mask) -> Array:

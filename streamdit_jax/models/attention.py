@@ -87,9 +87,7 @@ class SelfAttention(nn.Module):
         x = window_parallel.to_windows(x, self.windows)
         qkv = HeadProjections(3, width, self.num_heads, self.dtype, self.quantized, name="qkv")(x)
         if self.qk_norm == "none" and angles is None:  # attention may read them where they are
-            qkv = constrain(
-                rearrange(qkv, "n b s heads dim -> b s n heads dim"), "batch", "tokens", None, "heads", None
-            )
+            qkv = rearrange(qkv, "n b s heads dim -> b s n heads dim")
             out = window_parallel.packed_window_attention(qkv, self.windows, key_mask)
         else:
             query, key, value = (constrain(part, *HEADS) for part in qkv)
