@@ -353,7 +353,9 @@ class Pipeline:
         apart = isinstance(latents, tuple)
         if apart:
             latents, state = _join(latents), _join(state)
-        video, state = TAE(self.config.tae).apply({"params": params}, latents, state, method=TAE.decode)
+        tae = TAE(self.config.tae, self.config.dit.compute_dtype)
+        video, state = tae.apply({"params": params}, latents, state, method=TAE.decode)
+        state = jax.tree.map(lambda x: x.astype(jnp.float32), state)  # as a snapshot has it, on whatever device
         video = jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
         return (_split(video), _split(state)) if apart else (video, state)
 

@@ -474,3 +474,21 @@ def test_a_save_that_fails_leaves_the_former_model(tmp_path, monkeypatch):
         weights.save_model(tmp_path, {}, {"part": {"x": np.ones(3, np.float32)}}, {})
     kept = weights.load_part(tmp_path, weights.load_card(tmp_path), "part")
     assert np.array_equal(kept["x"], np.zeros(3)) and not list(tmp_path.glob(".*partial"))
+
+
+def test_decoding_in_bfloat16_shows_the_same_video(tiny, tiny_params, pipeline):
+    """The decoder computes in the transformer's type. What it carries stays float32, for another device to go on."""
+    config = dataclasses.replace(tiny, dit=dataclasses.replace(tiny.dit, dtype="bfloat16"))
+    half = Pipeline(config, tiny_params)
+    latents = np.random.default_rng(0).normal(size=(3, 1, 2, 4, 4, 4)).astype(np.float32)
+    carried, whole = [None, None], []
+    for chunk in latents:
+        frames = []
+        for index, one in enumerate((half, pipeline)):
+            video, carried[index] = one.decode(chunk, carried[index])
+            frames.append(np.asarray(video).astype(float))
+        whole.append(frames[0])
+        assert 0 < np.abs(frames[0] - frames[1]).mean() < 0.5, "rounding, and not the same program"
+    assert {leaf.dtype for leaf in jax.tree.leaves(carried)} == {jnp.dtype(jnp.float32)}
+    at_once = np.asarray(half.decode(np.concatenate(latents, axis=1), None)[0])
+    assert np.abs(np.concatenate(whole, axis=1) - at_once).max() <= 1

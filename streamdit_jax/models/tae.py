@@ -199,7 +199,8 @@ class Decoder(nn.Module):
                 x = nn.Dense(size * config.widths[level - 1], dtype=self.dtype, name=f"out_{level}")(x)
             else:
                 x = nn.silu(nn.RMSNorm(epsilon=1e-6, dtype=self.dtype, name="norm")(x))
-                x = nn.Dense(size * 3, kernel_init=_head_init(config), dtype=self.dtype, name="head")(x)
+                # In float32, as the skip: bfloat16 has but 128 values from one half to one.
+                x = nn.Dense(size * 3, kernel_init=_head_init(config), dtype=jnp.float32, name="head")(x)
             x = unfold(x, factors)
         return x, tuple(states)
 
@@ -228,7 +229,7 @@ class TAE(nn.Module):
         self.decoder = Decoder(config, self.dtype)
         if config.linear_skip:
             self.encoder_skip = nn.Dense(config.latent_channels, dtype=self.dtype)
-            self.decoder_skip = nn.Dense(3 * math.prod(config.compression), dtype=self.dtype)
+            self.decoder_skip = nn.Dense(3 * math.prod(config.compression), dtype=jnp.float32)
         self.latent_mean = self.param("latent_mean", nn.initializers.zeros, (config.latent_channels,))
         self.latent_std = self.param("latent_std", nn.initializers.ones, (config.latent_channels,))
 
@@ -267,8 +268,7 @@ class TAE(nn.Module):
 
     def reconstruct(self, latents: Float[Array, "b f h w C"], state: State | None = None):
         """As decode, from raw latents: what training and the statistics use."""
-        latents = latents.astype(self.dtype)
-        video, state = self.decoder(latents, state)
+        video, state = self.decoder(latents.astype(self.dtype), state)
         if self.config.linear_skip:
             video = video + unfold(self.decoder_skip(latents), self.config.compression)
         return video.astype(jnp.float32), state
