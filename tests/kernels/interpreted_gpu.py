@@ -40,7 +40,7 @@ class Case:
     batch: int = 1
     heads: int = 1
     dim: int = 64
-    loops: int = 2
+    loops: int = 1
     data: bool = False
     twice: bool = False
     packed: bool = False
@@ -56,12 +56,12 @@ CASES = {
     # Blocks of 64 in parts: one warpgroup computes, and how many tiles it meets is data.
     "cut": Case(windows_of((4, 8, 8), (2, 8, 8), (1, 8, 8), (1, 0, 0), CUT)),
     # Windows in one part: two warpgroups in turn. One loop for three windows: it goes on from piece to piece.
-    "wrapped": Case(
-        windows_of((6, 8, 8), (2, 8, 8), (1, 8, 8), (1, 0, 0), WRAP), dtype="float16", loops=1, tuning=SMALL
+    "wrapped": Case(windows_of((6, 8, 8), (2, 8, 8), (1, 8, 8), (1, 0, 0), WRAP), dtype="float16", tuning=SMALL),
+    "unshifted": Case(windows_of((4, 8, 8), (2, 8, 8), (1, 8, 8), (0, 0, 0), WRAP), batch=2),
+    "packed": Case(
+        windows_of((2, 8, 8), (2, 8, 8), (1, 8, 8), (0, 0, 0), WRAP), batch=2, heads=2, loops=3, packed=True
     ),
-    "unshifted": Case(windows_of((4, 8, 8), (2, 8, 8), (1, 8, 8), (0, 0, 0), WRAP), batch=2, heads=2, loops=3),
-    "packed": Case(windows_of((2, 8, 8), (2, 8, 8), (1, 8, 8), (0, 0, 0), WRAP), batch=2, heads=2, packed=True),
-    "head_128": Case(windows_of((4, 8, 16), (2, 8, 16), (1, 8, 16), (1, 0, 0), CUT), dim=128, loops=1, twice=True),
+    "head_128": Case(windows_of((4, 8, 16), (2, 8, 16), (1, 8, 16), (1, 0, 0), CUT), dim=128, twice=True),
     "float16": Case(windows_of((4, 8, 16), (2, 8, 16), (1, 8, 16), (1, 0, 0), WRAP), dim=128, dtype="float16"),
     # Seven tiles of 64 in a window: an odd number, so one warpgroup; three windows.
     "odd": Case(windows_of((7, 8, 24), (7, 8, 8), (7, 8, 8), (0, 0, 0), WRAP)),
