@@ -257,12 +257,15 @@ def bound(rows: Sequence[Row], rates: Rates) -> dict[str, Any]:
     return {**rounded[0], "kinds": dict(zip(kinds, rounded[1:])), "rows": rounded[1 + len(kinds) :]}
 
 
-def streaming(config: Config, rates: Rates, precision: str = "bfloat16", decoding: str = "float32") -> dict[str, Any]:
-    """The bounds of a model's streaming loop as its sampling has it: forward, decoder, and frames per second.
+def streaming(config: Config, rates: Rates, precision: str = "bfloat16") -> dict[str, Any]:
+    """The bounds of a model's streaming loop as its sampling has it: forward, decoder, frames per second, and the wait
+    for the first frame.
 
     Forward and decoder share one device, so a chunk takes the time of its s forwards and of its decoding; while they
-    overlap neither runs faster. decoding: the type that the decoder computes in.
+    overlap neither runs faster. The first frame waits for N·s forwards, by either filling: so many steps lie between
+    noise and a clean chunk. The decoder computes in the transformer's type, fp8 being bfloat16 for it.
     """
+    decoding = "float32" if precision == "float32" else "bfloat16"
     scheme, guided = PartitionScheme.parse(config.sampling.scheme), config.sampling.guidance != 1
     chunk = scheme.chunk_size, *config.dit.latent[1:]
     of_forward = bound(forward(config.dit, flops.text_tokens(config), precision, 1 + guided), rates)
@@ -279,6 +282,7 @@ def streaming(config: Config, rates: Rates, precision: str = "bfloat16", decodin
         "forwards_per_chunk": scheme.micro_steps,
         "denoise_fps": round(1e3 * frames / denoising, 2),
         "end_to_end_fps": round(1e3 * frames / (denoising + of_decoder["ms"]), 2),
+        "first_frame_ms": round(scheme.total_steps * of_forward["ms"] + of_decoder["ms"], 1),
         "decoder_share": round(of_decoder["ms"] / (denoising + of_decoder["ms"]), 4),
         "forward": of_forward,
         "decoder": of_decoder,

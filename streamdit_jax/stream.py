@@ -263,17 +263,15 @@ def step(
     queue = _where(row.keep, buffer, state.queue)
     buffer = _where(row.adopt, queue, buffer)
     front = buffer[:, K : K + c]
-    stays = buffer, state.path, state.hold_until, present, state.next_chunk
-
-    def shift():
-        # Dropping the first c frames also makes the references the last K of (references ∪ emitted).
-        noise = chunk_noise(state.keys, state.next_chunk, front.shape[1:])
-        inputs, hold = source or Source(jnp.zeros_like(noise), jnp.zeros(noise.shape[:2]))
-        enters = noise, flow.velocity_target(inputs, noise), hold, jnp.ones(noise.shape[:2], bool)
-        moved = [jnp.concatenate([x[:, c:], new], axis=1) for x, new in zip(stays, enters)]
-        return tuple(_where(row.advance, x, old) for x, old in zip((*moved, state.next_chunk + 1), stays))
-
-    buffer, path, hold_until, present, next_chunk = jax.lax.cond(jnp.any(row.advance), shift, lambda: stays)
+    # Dropping the first c frames also makes the references the last K of (references ∪ emitted). What enters is drawn
+    # in every forward: on a GPU a branch waits for the host, and the noise of a chunk is soon drawn.
+    noise = chunk_noise(state.keys, state.next_chunk, front.shape[1:])
+    inputs, hold = source or Source(jnp.zeros_like(noise), jnp.zeros(noise.shape[:2]))
+    enters = noise, flow.velocity_target(inputs, noise), hold, jnp.ones(noise.shape[:2], bool)
+    stays = buffer, state.path, state.hold_until, present
+    moved = (jnp.concatenate([old[:, c:], new], axis=1) for old, new in zip(stays, enters))
+    buffer, path, hold_until, present = (_where(row.advance, new, old) for new, old in zip(moved, stays))
+    next_chunk = state.next_chunk + row.advance.astype(state.next_chunk.dtype)
     return StreamState(buffer, queue, path, hold_until, present, state.keys, next_chunk), front
 
 

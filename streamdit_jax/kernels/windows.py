@@ -12,7 +12,7 @@ import functools
 import math
 
 import numpy as np
-from einops import rearrange, repeat
+from einops import rearrange, reduce, repeat
 from jaxtyping import Array, Bool, Float, Int
 
 Axes = tuple[int, int, int]
@@ -109,6 +109,12 @@ class TokenOrder:
         ]
         counts = {f"n{name}": size // window for name, size, window in zip("fhw", self.grid, self.window)}
         return repeat(x, f"({n} {p} {b}) d -> (nf nh nw) {' '.join(places)} d", **counts, **{p: sizes[p], b: sizes[b]})
+
+    def sum_along(self, x: Float[Array, "b tokens d"], axis: int) -> Float[Array, "n d"]:
+        """The sum of all examples' tokens of each frame, row or column (axis 0, 1, 2): the transpose of `spread`."""
+        counts = {f"n{name}": size // window for name, size, window in zip("fhw", self.grid, self.window)}
+        kept = " ".join(f"{kind}{'fhw'[axis]}" for kind in "npb")
+        return reduce(x, f"b (nf nh nw pf ph pw bf bh bw) d -> ({kept}) d", "sum", **counts, **self._sizes())
 
     @functools.cached_property
     def coordinates(self) -> Int[np.ndarray, "tokens 3"]:

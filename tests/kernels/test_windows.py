@@ -97,6 +97,14 @@ def test_values_per_frame_row_and_column_add_up_at_their_tokens(order):
     assert np.array_equal(spread.ravel(), order.coordinates @ [1, 100, 10_000])
 
 
+@pytest.mark.parametrize("order", ORDERS, ids=str)
+def test_sums_along_an_axis_are_those_of_its_tokens(order):
+    x = np.random.default_rng(0).normal(size=(2, order.num_tokens, 3))
+    for axis, size in enumerate(order.grid):
+        expected = [x[:, order.coordinates[:, axis] == place].sum((0, 1)) for place in range(size)]
+        np.testing.assert_allclose(order.sum_along(x, axis), expected, atol=1e-12)
+
+
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("order", ORDERS, ids=str)
 def test_values_per_frame_reach_the_tokens_of_their_frame(order, joined):

@@ -29,7 +29,7 @@ def test_the_bounds_are_those_of_the_command(name):
     report = raw(f"roofline-h200-{name}")
     overrides = [word for word in report["command"].split() if word.startswith("--config")]
     now = roofline_of(overrides, "h200", precision=PRECISIONS[name])
-    parts = ("forward", "decoder", "rates", "denoise_fps", "end_to_end_fps", "decoder_share")
+    parts = ("forward", "decoder", "rates", "denoise_fps", "end_to_end_fps", "first_frame_ms", "decoder_share")
     assert {part: report[part] for part in parts} == {part: now[part] for part in parts}
     assert told(f"roofline-h200-{name} forward") == roofline_rows(report["forward"])
 
@@ -38,11 +38,12 @@ def test_the_decoder_and_frames_per_second():
     reports = {name: raw(f"roofline-h200-{name}") for name in PRECISIONS}
     assert told("roofline-h200-bf16 decoder") == roofline_rows(reports["bf16"]["decoder"])
     assert told("roofline-h200 fps") == [
-        "| | forward | decoder | of both | denoiser alone | end to end |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| | forward | decoder | of both | denoiser alone | end to end | first frame |",
+        "|---|---:|---:|---:|---:|---:|---:|",
         *(
             f"| {name} | {each['forward']['ms']:.1f} ms | {each['decoder']['ms']:.1f} ms | {each['decoder_share']:.1%} "
-            f"| {each['denoise_fps']:g} FPS | {each['end_to_end_fps']:g} FPS |"
+            f"| {each['denoise_fps']:g} FPS | {each['end_to_end_fps']:g} FPS "
+            f"| {each['first_frame_ms'] / 1e3:.2f} s |"
             for name, each in reports.items()
         ),
     ]

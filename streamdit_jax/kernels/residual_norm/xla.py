@@ -6,6 +6,8 @@ of its own that reads them once more. Elsewhere it is the other way about: two s
 reduction. On a GPU the sum before the norm stays a kernel of its own.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -29,9 +31,8 @@ def residual_norm(x, branch, gate, scale, shift, order: TokenOrder, position=Non
     if branch is not None:
         residual += split(branch) if gate is None else split(branch) * spread(gate)
     if position is not None:
-        frame, row, column = (order.spread(table.astype(jnp.float32), axis) for axis, table in enumerate(position))
-        places = (frame + row + column).reshape(order.num_tokens, -1)
-        residual += split(sharding.constrain(places, "tokens", None)[None])
+        tables = tuple(table.astype(jnp.float32) for table in position)
+        residual = _by_tokens(residual, tables, order) if joined else _add_position(residual, tables, order)
     residual = sharding.constrain(residual.astype(x.dtype).reshape(x.shape), "batch", "tokens", None)
     if sharding.target().platform == "gpu" and (branch is not None or position is not None):
         residual = jax.lax.optimization_barrier(residual)  # otherwise it is computed twice, from what it is the sum of
@@ -39,6 +40,29 @@ def residual_norm(x, branch, gate, scale, shift, order: TokenOrder, position=Non
     if shift is not None:
         hidden += spread(shift)
     return residual, hidden.astype(x.dtype).reshape(x.shape)
+
+
+def _by_tokens(residual, tables, order: TokenOrder):
+    """`residual`, split by frames, and the sum of the tables for frame, row and column at every token."""
+    frame, row, column = (order.spread(table, axis) for axis, table in enumerate(tables))
+    places = sharding.constrain((frame + row + column).reshape(order.num_tokens, -1), "tokens", None)
+    return residual + order.split_frames(places[None], sharding.parts("tokens") > 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _add_position(residual, tables, order: TokenOrder):
+    """As `_by_tokens`. Its gradient sums examples and tokens at once: devices that share the batch then send each other
+    rows of tables, and not a sum over the examples for every token.
+    """
+    return _by_tokens(residual, tables, order)
+
+
+def _position_gradient(order: TokenOrder, _, gradient):
+    tokens = gradient.reshape(gradient.shape[0], order.num_tokens, gradient.shape[-1])
+    return gradient, tuple(order.sum_along(tokens, axis) for axis in range(3))
+
+
+_add_position.defvjp(lambda residual, tables, order: (_by_tokens(residual, tables, order), None), _position_gradient)
 
 
 def normalise(x: Float[Array, "*tokens d"], norm: str, epsilon: float) -> Float[Array, "*tokens d"]:
