@@ -28,7 +28,8 @@ def dispatch(
 ) -> Callable[..., Any]:
     """The operation as a function of what its backends take.
 
-    preference: per platform of the device that one traces for (`sharding.target`), names, the best first.
+    preference: per platform of the device that one traces for (`sharding.target`), names, the best first; platforms
+        that it does not name do as CPUs do.
     backend: a name to use and no other; by default the first that does not raise NotImplementedError serves. The choice
         is logged once for each kind of device.
 
@@ -41,7 +42,7 @@ def dispatch(
 
     def first_that_serves(*arguments, **options):
         target, passed_over = sharding.target(), []
-        for name in preference.get(target.platform, ("xla",)):
+        for name in preference.get(target.platform, preference["cpu"]):
             try:
                 result = backends[name](*arguments, **options)
             except NotImplementedError as reason:

@@ -6,18 +6,14 @@ All of it is memory traffic. The least is to read the stream and the branch once
 normalised tokens once; backends differ in how near they come.
 """
 
-import functools
-import logging
 from collections.abc import Callable
 
 from jaxtyping import Array, Float
 
-from streamdit_jax import sharding
+from streamdit_jax.kernels.dispatch import dispatch
 from streamdit_jax.kernels.residual_norm.reference import residual_norm as _reference
 from streamdit_jax.kernels.residual_norm.xla import residual_norm as _xla
 from streamdit_jax.kernels.windows import TokenOrder
-
-logger = logging.getLogger("streamdit_jax")
 
 PerFrame = Float[Array, "b f d"] | Float[Array, "d"]  # a value for every frame, or one for all tokens
 Tables = tuple[Float[Array, "f d"], Float[Array, "h d"], Float[Array, "w d"]]
@@ -31,13 +27,8 @@ def _mosaic_gpu(*arguments):
 
 
 BACKENDS: dict[str, Callable] = {"reference": _reference, "xla": _xla, "mosaic_gpu": _mosaic_gpu}
-# Per platform of the device that one traces for, the best first; the definition is never chosen on its own.
+# Per platform of the device that one traces for, the best first.
 PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("xla",), "gpu": ("mosaic_gpu", "xla"), "tpu": ("xla",)}
-
-
-@functools.cache
-def _log_choice(device: str, backend: str, passed_over: tuple[str, ...]) -> None:
-    logger.info("residual norm on %s: %s%s", device, backend, f" ({'; '.join(passed_over)})" if passed_over else "")
 
 
 def residual_norm(
@@ -60,27 +51,11 @@ def residual_norm(
     position: tables for frame, row and column of `order.grid`, [frames, d], [height, d] and [width, d], whose sum is
         added to every token.
     norm: "layer" or "rms", over d, without affine; epsilon is added to the variance.
-    backend: a name in `BACKENDS`; by default those of the platform of `sharding.target()` are tried in order, and the
-        first that does not raise NotImplementedError serves. The choice is logged once for each kind of device.
+    backend: as in `kernels.dispatch.dispatch`, which also says what is raised.
 
-    Arithmetic is float32, and both results have the type of x. Raises ValueError for an unknown backend or norm,
-    NotImplementedError if no backend takes the case.
+    Arithmetic is float32, and both results have the type of x. Raises ValueError for an unknown norm.
     """
     if norm not in NORMS:
         raise ValueError(f"norm: {norm!r} is not one of {', '.join(NORMS)}")
-    arguments = (x, branch, gate, scale, shift, order, position, norm, epsilon)
-    if backend is not None:
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: {backend!r} is not one of {', '.join(BACKENDS)}")
-        return BACKENDS[backend](*arguments)
-    target = sharding.target()
-    passed_over = []
-    for name in PREFERENCE.get(target.platform, ("xla",)):
-        try:
-            result = BACKENDS[name](*arguments)
-        except NotImplementedError as reason:
-            passed_over.append(f"{name}: {reason}")
-            continue
-        _log_choice(target.device_kind, name, tuple(passed_over))
-        return result
-    raise NotImplementedError(f"no residual norm on {target.device_kind}: {'; '.join(passed_over)}")
+    serve = dispatch("residual norm", BACKENDS, PREFERENCE, backend)
+    return serve(x, branch, gate, scale, shift, order, position, norm, epsilon)
