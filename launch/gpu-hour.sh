@@ -27,13 +27,14 @@ train=("$python" -m streamdit_jax.cli bench --what=train "--config=$config" "--s
 steps=(
   kernels:1:120 forward-bf16:1:190 forward-fp8:1:280
   stream-bf16:2:250 stream-fp8:2:340
-  train:3:140 compare:3:180 flags-triton:3:90 flags-graphs-off:3:90 flags-graphs-conditional:3:90
+  train:3:140 compare:3:160 kernels-tune:3:80 flags-triton:3:70 flags-graphs-off:3:70 flags-graphs-conditional:3:70
 )
 
 command_of() { # STEP → the array $command and the XLA flags in $flags
   flags=("${gpu_flags_stream[@]}")
   case $1 in
     kernels) command=("$python" -m streamdit_jax.bench.kernels --json) ;;
+    kernels-tune) command=("$python" -m streamdit_jax.bench.kernels --json --tune --no-torch --shape streamdit_4b_shifted) ;;
     forward-bf16) command=("${forward[@]}" --precision=bf16) && flags+=("--xla_gpu_dump_autotune_results_to=$out/gpu-autotune.textproto") ;;
     forward-fp8) command=("${forward[@]}" --precision=fp8) ;;
     stream-bf16) command=("${bench[@]}" --precision=bf16 "--sessions=1,2") ;;

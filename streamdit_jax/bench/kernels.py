@@ -2,8 +2,9 @@
 
     python -m streamdit_jax.bench.kernels --json [--shape NAME ...] [--dtype float16] [--tune] [--no-torch]
 
-prints one JSON object (without --json, a table). PyTorch's scaled_dot_product_attention is timed in a process of its
-own where torch is installed. --tune times the Mosaic kernels with other tiles than those of `TUNING`.
+prints one JSON object (without --json, a table): rates, and how far the results are from XLA's in float32. PyTorch's
+scaled_dot_product_attention is timed in a process of its own where torch is installed. --tune times the Mosaic kernels
+with other tiles than those of `TUNING`.
 """
 
 import argparse
@@ -42,7 +43,7 @@ CANDIDATES = {
 
 
 def measure(shapes: dict[str, Shape], dtype: jnp.dtype, *, tune: bool = False) -> dict[str, Any]:
-    """Rates of every backend, by shape. A backend that declines says why."""
+    """Rates and errors of every backend, by shape. A backend that declines says why."""
     report: dict[str, Any] = {
         "hardware": machine.hardware(),
         "versions": machine.versions(),
@@ -55,7 +56,10 @@ def measure(shapes: dict[str, Shape], dtype: jnp.dtype, *, tune: bool = False) -
     for name, shape in shapes.items():
         windows = shape.windows
         tokens = windows.order.num_tokens // len(windows.blocks)
-        timed = {each: backend_rates(each, shape, dtype) for each in names}
+        wanted = results(
+            functools.partial(attention.window_attention, windows=windows, backend="xla"), shape, dtype, 32
+        )
+        timed = {each: backend_rates(each, shape, dtype, wanted) for each in names}
         report["shapes"][name] = {
             "windows": [len(windows.blocks), tokens, shape.heads, shape.dim],
             "flops": shape.flops,
@@ -66,21 +70,47 @@ def measure(shapes: dict[str, Shape], dtype: jnp.dtype, *, tune: bool = False) -
     return report
 
 
-def backend_rates(name: str, shape: Shape, dtype: jnp.dtype) -> dict[str, Any]:
-    function = functools.partial(attention.window_attention, backend=name)
+def backend_rates(name: str, shape: Shape, dtype: jnp.dtype, wanted: list[jax.Array]) -> dict[str, Any]:
+    """wanted: the output and the gradients in float32."""
+    function = functools.partial(attention.window_attention, windows=shape.windows, backend=name)
     try:
-        return rates(lambda *qkv: function(*qkv, shape.windows), shape, dtype)
+        return rates(function, shape, dtype) | errors(results(function, shape, dtype), wanted)
     except NotImplementedError as reason:
         return {"declined": str(reason)}
+
+
+def drawn(shape: Shape, dtype: jnp.dtype) -> list[jax.Array]:
+    """Query, key, value, and the direction of a gradient."""
+    size = (1, shape.windows.order.num_tokens, shape.heads, shape.dim)
+    return [jax.random.normal(key, size, dtype) for key in jax.random.split(jax.random.key(0), 4)]
+
+
+def results(function: Callable, shape: Shape, dtype: jnp.dtype, bits: int | None = None) -> list[jax.Array]:
+    """The output, and the gradients of query, key and value. bits: 32 computes with the same values in float32."""
+    given = [x.astype(jnp.float32) if bits == 32 else x for x in drawn(shape, dtype)]
+
+    @jax.jit
+    def run(*given):
+        with jax.default_matmul_precision("highest" if bits == 32 else None):
+            out, back = jax.vjp(function, *given[:3])
+            return [out, *back(given[3])]
+
+    return run(*given)
+
+
+def errors(found: list[jax.Array], wanted: list[jax.Array]) -> dict[str, float]:
+    """The largest difference as a share of the largest value: of the output, and of the worst of the gradients."""
+    out, *gradients = (
+        float(jnp.max(jnp.abs(x.astype(jnp.float32) - y)) / jnp.max(jnp.abs(y))) for x, y in zip(found, wanted)
+    )
+    return {"forward_error": float(f"{out:.3g}"), "backward_error": float(f"{max(gradients):.3g}")}
 
 
 def rates(function: Callable, shape: Shape, dtype: jnp.dtype) -> dict[str, float]:
     """Milliseconds and TFLOP/s of the output alone, and of the gradients of query, key and value from what the forward
     has saved.
     """
-    keys = jax.random.split(jax.random.key(0), 4)
-    size = (1, shape.windows.order.num_tokens, shape.heads, shape.dim)
-    *given, direction = (jax.random.normal(key, size, dtype) for key in keys)
+    *given, direction = drawn(shape, dtype)
     forward = median_seconds(jax.jit(function), *given)
     _, back = jax.jit(lambda *qkv: jax.vjp(function, *qkv))(*given)
     backward = median_seconds(jax.jit(lambda back, direction: back(direction)), back, direction)
@@ -154,7 +184,8 @@ def table(report: dict[str, Any]) -> Iterable[str]:
             if isinstance(rate, dict):
                 yield f"{name:24} {backend:12} " + (
                     rate.get("declined")
-                    or f"forward {rate['forward_tflops']:8.2f} TFLOP/s, backward {rate['backward_tflops']:8.2f}"
+                    or f"forward {rate['forward_tflops']:8.2f} TFLOP/s, backward {rate['backward_tflops']:8.2f}, "
+                    f"off by {rate['forward_error']:.1%} and {rate['backward_error']:.1%}"
                 )
 
 
