@@ -53,7 +53,7 @@ setup(
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
         # Compilers for `streamdit plan`, where no chip is: libtpu, and JAX's CUDA plugin without NVIDIA's libraries.
-        "plan": [*TRAIN, "jax[tpu]", "jax[cuda13-local]"],
+        "plan": [*TRAIN, "jax[tpu]", "jax[cuda13-local]", "nvidia-cudnn-cu13>=9.10"],
     },
     entry_points={"console_scripts": ["streamdit = streamdit_jax.cli:main"]},
 )
