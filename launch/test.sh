@@ -16,4 +16,4 @@ if [ $# -gt 0 ]; then
 fi
 workers=$(python3 -c 'import os; print(min(4, os.cpu_count() or 1))' 2>/dev/null || echo 1)
 "$venv/bin/python" -m pytest -q -n "$workers" -m "not slow and not gpu and not nightly" --durations=15
-"$venv/bin/python" -m pytest -q -m "slow and not gpu and not nightly" --durations=10
+"$venv/bin/python" -m pytest -q -n "$workers" -m "slow and not gpu and not nightly" --durations=10

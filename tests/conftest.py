@@ -1,6 +1,11 @@
-"""A tiny model of random weights on disk, for tests of everything that stands on one."""
+"""A tiny model of random weights on disk, for tests of everything that stands on one; and one compilation cache for
+all processes of a session, which goes with it.
+"""
 
 import json
+import os
+import shutil
+import tempfile
 
 import jax
 import numpy as np
@@ -12,6 +17,26 @@ from streamdit_jax.models.dit import DiTConfig
 from streamdit_jax.models.tae import TAEConfig
 from streamdit_jax.models.text import TextConfig
 from streamdit_jax.pipeline import initialise
+
+
+def pytest_configure(config):
+    """What one process has compiled, the others find: workers, and what tests start, inherit the environment."""
+    if hasattr(config, "workerinput") or "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    config.stash[CACHE] = tempfile.mkdtemp(prefix="streamdit-tests-")
+    os.environ |= {
+        "JAX_COMPILATION_CACHE_DIR": config.stash[CACHE],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
+    }
+    jax.config.update("jax_compilation_cache_dir", config.stash[CACHE])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(config.stash.get(CACHE, ""), ignore_errors=True)
+
+
+CACHE = pytest.StashKey[str]()
 
 
 def tiny_config() -> Config:
