@@ -52,8 +52,8 @@ setup(
         "test": TRAIN + FIGURES + SERVE + TEST + LAUNCH,
         "cuda": ["jax[cuda13]"],
         "tpu": ["jax[tpu]"],
-        # Compilers for `streamdit plan`, where no chip is: libtpu, and JAX's CUDA plugin with none of NVIDIA's libraries
-        # but cuDNN, which is asked what it takes.
+        # Compilers for `streamdit plan`, where no chip is: libtpu, and JAX's CUDA plugin. Of NVIDIA's libraries only
+        # cuDNN, which is asked what it takes.
         "plan": [*TRAIN, "jax[tpu]", "jax[cuda13-local]", "nvidia-cudnn-cu13>=9.10"],
     },
     entry_points={"console_scripts": ["streamdit = streamdit_jax.cli:main"]},

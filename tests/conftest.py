@@ -33,7 +33,8 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    shutil.rmtree(config.stash.get(CACHE, ""), ignore_errors=True)
+    if directory := config.stash.get(CACHE, None):
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 CACHE = pytest.StashKey[str]()

@@ -10,6 +10,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from streamdit_jax import sharding
@@ -51,15 +52,19 @@ def _by_tokens(residual, tables, order: TokenOrder):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _add_position(residual, tables, order: TokenOrder):
-    """As `_by_tokens`. Its gradient sums examples and tokens at once: devices that share the batch then send each other
-    rows of tables, and not a sum over the examples for every token.
+    """As `_by_tokens`. For its gradient each device sums its own examples and tokens: devices that share the batch then
+    send each other rows of tables. XLA would sum over the examples first, and send the result for every token.
     """
     return _by_tokens(residual, tables, order)
 
 
 def _position_gradient(order: TokenOrder, _, gradient):
+    def of_device(tokens):
+        return jnp.concatenate([order.sum_along(tokens, axis) for axis in range(3)])[None]
+
     tokens = gradient.reshape(gradient.shape[0], order.num_tokens, gradient.shape[-1])
-    return gradient, tuple(order.sum_along(tokens, axis) for axis in range(3))
+    sums = sharding.map_shards(of_device, (tokens,), (("batch", "tokens", None),), ("batch", None, None)).sum(0)
+    return gradient, tuple(jnp.split(sums, np.cumsum(order.grid)[:2]))
 
 
 _add_position.defvjp(lambda residual, tables, order: (_by_tokens(residual, tables, order), None), _position_gradient)
