@@ -8,5 +8,6 @@ cd "$root"
 source "$root/launch/environment.sh"
 environment "${STREAMDIT_PLAN_VENV:-$root/.venv-plan}" "${root}[plan]"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "pytest>=8"
-export PYTHONPATH=$root JAX_PLATFORMS=cpu
+# Without a compilation cache: compilers are asked what they say, and how long they take.
+export PYTHONPATH=$root JAX_PLATFORMS=cpu JAX_ENABLE_COMPILATION_CACHE=false
 exec "$venv/bin/python" -m pytest -v -m nightly tests/plan "$@"
