@@ -5,12 +5,14 @@ What a model directory stores is the same tree as JSON, which does not run. Each
 that something reads; any other key is an error.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
+import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -259,6 +261,17 @@ def _plain(value: Any) -> Any:
     return value.to_dict() if hasattr(value, "to_dict") else value
 
 
+@contextlib.contextmanager
+def _importable(directory: Path) -> Iterator[None]:
+    """Within, modules that lie there can be imported: a config builds on another as `from configs import other`."""
+    sys.path.insert(0, str(directory))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):
+            sys.path.remove(str(directory))
+
+
 def from_arguments(arguments: Sequence[str]) -> Config:
     """A Config from `--config=FILE.py` (or `FILE.py:argument`) and overrides such as `--config.dit.width=128`.
 
@@ -278,8 +291,9 @@ def from_arguments(arguments: Sequence[str]) -> Config:
     arguments = ["streamdit", *arguments]
     config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=arguments)
     try:
-        unknown = values(arguments)[1:]
-        config = None if unknown else _plain(values.config)
+        with _importable(Path(file).resolve().parents[1]):
+            unknown = values(arguments)[1:]
+            config = None if unknown else _plain(values.config)
     except Exception as mistake:  # the file is a program: it may raise anything
         cause = mistake.__cause__ or mistake
         if isinstance(cause, KeyError | AttributeError) and len(arguments) > 2:

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -32,6 +35,25 @@ def test_every_config_builds_without_a_device(file):
     assert from_mapping(json.loads(config.to_json())) == config
     docstring = file.read_text().split('"""')[1]
     assert f"configs/{file.name}" in docstring, "a config's docstring is the command that runs it"
+
+
+def test_a_config_finds_the_one_that_it_builds_on(tmp_path):
+    """As the installed command does, which has no checkout on its path; and nothing of it stays there."""
+    program = (
+        "import sys; from streamdit_jax.config import from_arguments; before = list(sys.path)\n"
+        f"print(from_arguments(['--config={ROOT / 'configs' / 'streamdit_4b_quality.py'}']).name, sys.path == before)"
+    )
+    package = tmp_path / "streamdit_jax"
+    package.symlink_to(ROOT / "streamdit_jax")
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.stdout.split() == ["streamdit_4b", "True"], done.stderr
 
 
 def test_the_4b_model_has_its_parameters():
