@@ -20,7 +20,7 @@ from jaxtyping import Array, Float
 
 from streamdit_jax import stream as streaming
 from streamdit_jax.errors import ConfigError
-from streamdit_jax.models.dit import CachedText
+from streamdit_jax.models.text_cache import CachedText
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.snapshot import Snapshot
 from streamdit_jax.steering import Receipt, Steering, Text, Timetable

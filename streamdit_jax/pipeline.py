@@ -21,9 +21,10 @@ from streamdit_jax import stream as streaming
 from streamdit_jax.config import Config, from_mapping
 from streamdit_jax.endless import START, Stream, checked_log, first_source
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
-from streamdit_jax.models.dit import CachedText, DiT, DiTConfig, Text, cache_text
+from streamdit_jax.models.dit import DiT, DiTConfig
 from streamdit_jax.models.tae import TAE, TAEConfig, initial_decoder_state, initial_encoder_state
 from streamdit_jax.models.text import TextEncoder, tokenize, with_frame_rate
+from streamdit_jax.models.text_cache import CachedText, Text, cache_text
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.programs import Programs
 from streamdit_jax.snapshot import Snapshot

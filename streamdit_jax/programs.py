@@ -31,7 +31,7 @@ from jax import export
 
 import streamdit_jax
 from streamdit_jax import stream
-from streamdit_jax.models.dit import CachedText
+from streamdit_jax.models.text_cache import CachedText
 
 logger = logging.getLogger("streamdit_jax")
 _MARK = b"streamdit program 1\n"

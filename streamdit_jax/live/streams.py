@@ -10,7 +10,7 @@ import numpy as np
 from streamdit_jax import stream as streaming
 from streamdit_jax.endless import Stream
 from streamdit_jax.errors import ConfigError
-from streamdit_jax.models.dit import CachedText, Text
+from streamdit_jax.models.text_cache import CachedText, Text
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.pipeline import Pipeline
 from streamdit_jax.snapshot import Snapshot

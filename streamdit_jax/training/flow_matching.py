@@ -14,9 +14,10 @@ import numpy as np
 
 from streamdit_jax import flops, flow
 from streamdit_jax.config import Config
-from streamdit_jax.models.dit import Axes, DiT, Text
+from streamdit_jax.models.dit import Axes, DiT
 from streamdit_jax.models.tae import TAE
 from streamdit_jax.models.text import TextConfig, TextEncoder, tokenize
+from streamdit_jax.models.text_cache import Text
 from streamdit_jax.partition import draw_levels
 from streamdit_jax.sharding import constrain
 from streamdit_jax.stages import FlowMatchingObjective

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from streamdit_jax.models.dit import CachedText, DiT, cache_text, unstack
+from streamdit_jax.models.dit import DiT, unstack
+from streamdit_jax.models.text_cache import CachedText, cache_text
 from streamdit_jax.pipeline import Pipeline
 
 WIDTHS, TOKENS = (16, 12), 7
