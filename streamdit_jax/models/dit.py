@@ -101,7 +101,7 @@ class Modulation(nn.Module):
         return [values[:, :, index] for index in range(self.count)]
 
 
-class Stream(NamedTuple):
+class Residual(NamedTuple):
     """The residual stream [batch, tokens, width], and a branch with its gate [batch, frames, width] that it has not
     taken up yet: the norm of the next layer does that in the same pass.
     """
@@ -126,7 +126,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, stream, time, shared, text, reads, key_mask):
-        """stream: a `Stream` of tokens in token order, as the result; time [batch, frames, width]; shared [batch,
+        """stream: a `Residual` of tokens in token order, as the result; time [batch, frames, width]; shared [batch,
         frames, 6, width] or None; text and reads as `CrossAttention` takes them.
         """
         config, order, dtype = self.config, self.windows.order, self.config.compute_dtype
@@ -146,14 +146,14 @@ class Block(nn.Module):
         attention = SelfAttention(
             config.num_heads, config.qk_norm, self.windows, dtype, quantized, name="self_attention"
         )
-        stream = Stream(x, attention(hidden, angles, key_mask), attention_gate)
+        stream = Residual(x, attention(hidden, angles, key_mask), attention_gate)
         if config.cross_attention:
             scale, shift = Affine(config, name="cross_norm")()
             x, hidden = norm(*stream, scale.astype(jnp.float32) - 1, shift)
             cross = CrossAttention(config.num_heads, config.qk_norm, dtype, name="cross_attention")
-            stream = Stream(constrain(x + cross(hidden, text, reads), *TOKENS))
+            stream = Residual(constrain(x + cross(hidden, text, reads), *TOKENS))
         x, hidden = norm(*stream, ffn_scale, ffn_shift)
-        return Stream(x, FeedForward(config, name="feed_forward")(hidden), ffn_gate)
+        return Residual(x, FeedForward(config, name="feed_forward")(hidden), ffn_gate)
 
 
 class DiT(nn.Module):
@@ -218,7 +218,7 @@ class DiT(nn.Module):
             reads = constrain(reads[:, order.coordinates[:, 0]], *TOKENS)  # every token reads its frame's prompt
         if isinstance(text, CachedText):
             sequence = text.layers or None
-        stream = self._blocks(layers, Stream(x), sequence, (time, shared, reads, key_mask))
+        stream = self._blocks(layers, Residual(x), sequence, (time, shared, reads, key_mask))
 
         shift, scale = Modulation(config, 2, name="final_modulation")(
             time, None if shared is None else time[:, :, None]
@@ -234,7 +234,7 @@ class DiT(nn.Module):
             pw=config.patch[2],
         )
 
-    def _blocks(self, layers: tuple[Windows, ...], stream: Stream, text: Any, inputs: tuple) -> Stream:
+    def _blocks(self, layers: tuple[Windows, ...], stream: Residual, text: Any, inputs: tuple) -> Residual:
         """text: a sequence for all layers, or of each layer its keys and values."""
         config = self.config
         blocks = [Block(config, windows, parent=None) for windows in layers]
@@ -259,7 +259,7 @@ class DiT(nn.Module):
 
         def one_period(x, of_period):
             params, keys_values = of_period
-            stream = Stream(x)
+            stream = Residual(x)
             for index, block in enumerate(blocks):
                 of_layer, of_text = jax.tree.map(lambda leaf, index=index: leaf[index], (params, keys_values))
                 stream = run(block, of_layer, stream, of_text if cached else text)
@@ -270,7 +270,7 @@ class DiT(nn.Module):
             one_period = jax.checkpoint(one_period, policy=policy[config.remat], prevent_cse=False)
         keys_values = jax.tree.map(lambda *leaves: jnp.stack(leaves), *text) if cached else None
         scanned = jax.tree.map(lambda leaf: leaf.reshape(-1, config.period, *leaf.shape[1:]), (stacked, keys_values))
-        return Stream(jax.lax.scan(one_period, stream.x, scanned)[0])
+        return Residual(jax.lax.scan(one_period, stream.x, scanned)[0])
 
 
 def _first(tree: Any) -> Any:
