@@ -6,7 +6,7 @@ from setuptools import find_packages, setup
 
 TRAIN = [
     "orbax-checkpoint>=0.11",
-    "optax>=0.2.5",
+    "optax>=0.2.7",
     "grain>=0.2.12",
     "tensorflow-datasets>=4.9.9",
     "array_record>=0.8",

@@ -145,7 +145,7 @@ def _norms(config: DiTConfig, make: _Rows, tokens: int, frames: int, fp8: bool) 
     """The passes between products: hidden states come in and go out beside what is normalised."""
     layers, hidden = config.num_layers, tokens * config.width * make.size
     modulation = 3 * frames * config.width * make.size
-    learned = config.position == "learned"
+    learned = config.position != "rope"
     tables = sum(config.grid) * config.width * make.size if learned else 0
     multiplied = hidden // make.size if fp8 else hidden
 
@@ -168,7 +168,7 @@ def _self_attention(config: DiTConfig, make: _Rows, tokens: int, fp8: bool) -> I
     yield make.gemm("qkv", tokens, width, 3 * width, layers, fp8=fp8)
     if fp8:
         yield make.moved("query, key and value", "elementwise", layers, 3 * hidden, 3 * hidden)
-    elif config.qk_norm != "none" or config.position == "rope":
+    elif config.qk_norm != "none" or config.position != "learned":
         yield make.moved("query and key", "elementwise", layers, 2 * hidden, 2 * hidden)
     windows = Counter(math.prod(config.windows[index % len(config.windows)]) for index in range(layers))
     for seen, count in windows.items():

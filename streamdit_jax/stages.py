@@ -20,23 +20,29 @@ def require(condition: bool, message: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with warm-up. decay: cosine (to final_scale of the learning rate at the last step) | constant."""
+    """What makes updates of gradients. name: adamw | muon (see `training.optimizer.make_optimizer`). decay: cosine (to
+    final_scale of the learning rate at the last step) | constant. momentum: Muon's; b1, b2: Adam's.
+    """
 
     learning_rate: float
+    name: str = "adamw"
     warmup_steps: int = 100
     decay: str = "cosine"
     final_scale: float = 0.1
     b1: float = 0.9
     b2: float = 0.99
+    momentum: float = 0.95
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
 
     def __post_init__(self):
         require(self.learning_rate > 0, f"learning_rate: must be positive, not {self.learning_rate}")
+        require(self.name in ("adamw", "muon"), f"name: {self.name!r} is not one of adamw, muon")
         require(self.decay in ("cosine", "constant"), f"decay: {self.decay!r} is not one of cosine, constant")
         require(self.warmup_steps >= 0, f"warmup_steps: must not be negative, not {self.warmup_steps}")
         require(0 <= self.final_scale <= 1, f"final_scale: lies between 0 and 1, not at {self.final_scale}")
+        require(0 <= self.momentum < 1, f"momentum: lies in [0, 1), not at {self.momentum}")
         require(self.clip_norm > 0, f"clip_norm: must be positive, not {self.clip_norm}")
 
 

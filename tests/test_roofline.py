@@ -43,6 +43,7 @@ def test_the_products_of_a_model_are_those_that_flops_counts(file, precision):
     [
         {"ffn": "swiglu", "adaln": "per_block", "qk_norm": "head"},
         {"position": "rope", "qk_norm": "width"},
+        {"position": "both"},
         {"cross_attention": False, "windows": ((4, 2, 2), (8, 1, 1)), "shifted": (False,)},
     ],
 )

@@ -133,9 +133,9 @@ class Block(nn.Module):
         modulation = Modulation(config, 6, name="modulation")(time, shared)
         attention_shift, attention_scale, attention_gate, ffn_shift, ffn_scale, ffn_gate = modulation
         angles = position = None
-        if config.position == "learned":
+        if config.position != "rope":
             position = FactorisedPosition(order, config.grid, config.width, dtype, name="position")()
-        else:
+        if config.position != "learned":
             angles = rotary_angles(order, config.head_dim)
         quantized = config.quantization != "none"
         # Quantised products leave scales to what follows and want their inputs in eight bits: XLA takes both into its

@@ -21,7 +21,7 @@ class DiTConfig:
     windows, shifted: per layer, repeated as patterns over the layers; a shifted layer moves its windows by half a
         window per axis.
     wrap: per axis, whether shifted windows wrap around (see `kernels.windows.Windows`).
-    qk_norm: none | head | width. position: learned | rope. adaln: single | per_block. norm: layer | rms, without
+    qk_norm: none | head | width. position: learned | rope | both. adaln: single | per_block. norm: layer | rms, without
         affine.
     ffn: gelu | swiglu. text_projection: linear_norm | mlp. remat: none | dots | full, for the scanned layers.
     pooled_text: the mean of the text joins the time embedding, so that a prompt reaches every modulation at once
@@ -59,7 +59,7 @@ class DiTConfig:
             "norm": ("layer", "rms"),
             "ffn": ("gelu", "swiglu"),
             "adaln": ("single", "per_block"),
-            "position": ("learned", "rope"),
+            "position": ("learned", "rope", "both"),
             "qk_norm": ("none", "head", "width"),
             "text_projection": ("linear_norm", "mlp"),
             "remat": ("none", "dots", "full"),
@@ -83,7 +83,7 @@ class DiTConfig:
             raise ValueError(f"latent: every size must be at least 1, not {self.latent}")
         if self.width % self.num_heads:
             raise ValueError(f"num_heads: {self.num_heads} heads do not divide a width of {self.width}")
-        if self.position == "rope" and self.head_dim % 2:
+        if self.position != "learned" and self.head_dim % 2:
             raise ValueError(f"num_heads: rotary positions need an even head size, not {self.head_dim}")
         if self.patch[0] != 1:
             raise ValueError(f"patch: must be 1 along time, where every frame has its own level, not {self.patch[0]}")

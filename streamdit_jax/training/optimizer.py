@@ -1,4 +1,4 @@
-"""AdamW with warm-up, decay and clipping, built from an `OptimizerConfig`.
+"""AdamW or Muon with warm-up, decay and clipping, built from an `OptimizerConfig`.
 
 Everything is counted in *updates*: a step that was skipped because its loss or gradient was not finite (see `step.py`)
 moves neither Adam's moments nor the schedule.
@@ -7,6 +7,7 @@ moves neither Adam's moments nor the schedule.
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers, muon
 
 from streamdit_jax.sharding import is_stacked, path_name
 
@@ -59,27 +60,60 @@ def decay_mask(params):
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
+def hidden_matrices(params):
+    """Which parameters Muon updates: the kernels of stacked layers, each layer's [in, out] by itself.
+
+    Returns: a tree like `params` of the dimensions that are orthogonalised, None for all other parameters.
+    """
+
+    def dimensions(path, leaf) -> MuonDimensionNumbers | None:
+        name = path_name(path)
+        hidden = is_stacked(name) and name.endswith("/kernel")
+        return MuonDimensionNumbers(jnp.ndim(leaf) - 2, jnp.ndim(leaf) - 1) if hidden else None
+
+    return jax.tree_util.tree_map_with_path(dimensions, params)
+
+
+# The root mean square of Muon's updates over that of the learning rate: about AdamW's, so that one learning rate serves
+# both (2502.16982).
+MUON_RMS = 0.2
+
+
 def make_optimizer(config, steps: int) -> optax.GradientTransformation:
-    """Clip by global norm → Adam → decoupled weight decay → learning rate (AdamW, 1711.05101).
+    """Clip by global norm → the optimizer's direction → decoupled weight decay → learning rate.
+
+    "adamw": Adam for all parameters (1711.05101). "muon": for `hidden_matrices`, Nesterov momentum, orthogonalised by
+    five Newton–Schulz iterations and scaled to AdamW's root mean square (Jordan 2024; 2502.16982); Adam with Nesterov
+    momentum, without weight decay, for all other parameters.
 
     Args:
-        config: an `OptimizerConfig`: the schedule's fields and `b1`, `b2`, `eps`, `weight_decay`, `clip_norm` (0 clips
-            nothing).
+        config: an `OptimizerConfig`: the schedule's fields and `name`, `b1`, `b2`, `momentum`, `eps`, `weight_decay`,
+            `clip_norm` (0 clips nothing).
         steps: length of the stage in updates.
     Raises:
-        ValueError: as `make_schedule`, or `clip_norm` is negative.
+        ValueError: as `make_schedule`, or `clip_norm` is negative, or `name` is neither.
     """
     if config.clip_norm < 0:
         raise ValueError(
             f"optimizer.clip_norm: {config.clip_norm} is negative; use a positive norm, or 0 for no clipping"
         )
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
-    adamw = optax.adamw(
-        make_schedule(config, steps),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        mask=decay_mask,
-    )
-    return optax.chain(*clip, adamw)
+    schedule = make_schedule(config, steps)
+    if config.name == "adamw":
+        optimizer = optax.adamw(
+            schedule, b1=config.b1, b2=config.b2, eps=config.eps, weight_decay=config.weight_decay, mask=decay_mask
+        )
+    elif config.name == "muon":
+        optimizer = muon(
+            schedule,
+            beta=config.momentum,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            eps=config.eps,
+            muon_weight_dimension_numbers=hidden_matrices,
+            consistent_rms=MUON_RMS,
+        )
+    else:
+        raise ValueError(f'optimizer.name: {config.name!r} is unknown; use "adamw" or "muon"')
+    return optax.chain(*clip, optimizer)

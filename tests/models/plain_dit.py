@@ -72,13 +72,13 @@ def velocity(params, config, latents, levels, text):
         else:
             modulation = dense(layer["modulation"]["linear"], silu(time)).reshape(frames, 6, -1)
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = np.moveaxis(modulation[frame_of], 1, 0)
-        if config.position == "learned":
+        if config.position in ("learned", "both"):
             tables = layer["position"]
             x = x + tables["frame"][places[:, 0]] + tables["row"][places[:, 1]] + tables["column"][places[:, 2]]
         attention = layer["self_attention"]
         q, k, v = split(dense(attention["qkv"], norm(x) * (1 + scale_1) + shift_1), 3)
         q, k = qk_norm(q, attention.get("query_norm")), qk_norm(k, attention.get("key_norm"))
-        if config.position == "rope":
+        if config.position in ("rope", "both"):
             q, k = (wan_rotation(x, places) for x in (q, k))
         x = x + gate_1 * dense(attention["out"], attend(q, k, v, 1))
         cross = layer["cross_attention"]

@@ -51,7 +51,7 @@ def test_an_image_in_a_video_model_is_what_the_image_model_makes_of_it():
     assert np.ptp(alone) > 0.1
 
 
-@pytest.mark.parametrize("position", ["learned", "rope"])
+@pytest.mark.parametrize("position", ["learned", "rope", "both"])
 def test_a_smaller_bucket_is_the_smaller_model_with_the_first_positions(position):
     config = dataclasses.replace(VIDEO, position=position, windows=((2, 4, 4), (4, 2, 2)), num_layers=2)
     bucket = (2, 4, 8)
@@ -59,7 +59,7 @@ def test_a_smaller_bucket_is_the_smaller_model_with_the_first_positions(position
     smaller = config.at(bucket)
     assert smaller.latent == (2, 4, 8, 3) and smaller.windows == ((2, 2, 4), (2, 2, 2))
     cut = params
-    if position == "learned":
+    if position != "rope":
         tables = params["blocks"]["position"]
         tables = {name: tables[name][:, :size] for name, size in zip(("frame", "row", "column"), smaller.grid)}
         cut = {**params, "blocks": {**params["blocks"], "position": tables}}

@@ -84,6 +84,7 @@ def apply(config, params, *inputs):
         {"norm": "rms", "ffn": "swiglu"},
         {"adaln": "per_block", "qk_norm": "head"},
         {"position": "rope", "qk_norm": "width", "text_projection": "mlp"},
+        {"position": "both", "qk_norm": "head"},
     ],
     ids=lambda variant: "-".join(map(str, variant.values())) or "movie_gen",
 )

@@ -60,6 +60,15 @@ def test_resume_is_exact(toy, harness, straight, tmp_path):
     assert [line["step"] for line in harness.facts(tmp_path)] == list(range(1, 13))
 
 
+def test_a_run_with_muon_resumes_exactly(toy, tmp_path):
+    """Its state is another tree than AdamW's, with holes in it."""
+    fields = {"optimizer": toy.optimizer(name="muon")}
+    whole = toy.train(tmp_path / "whole", 8, **fields)
+    with pytest.raises(Stopped):
+        toy.train(tmp_path / "parts", 8, make_batches=until(toy, 6, crash), **fields)
+    assert toy.bits(toy.train(tmp_path / "parts", 8, **fields)) == toy.bits(whole)
+
+
 def test_checkpoints_and_data_position(toy, harness, straight):
     workdir, state, _ = straight
     checkpoints = Checkpoints(workdir / "checkpoints")

@@ -1,4 +1,4 @@
-"""AdamW's numbers against their formulas in float64."""
+"""AdamW's and Muon's numbers against their formulas in float64."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from streamdit_jax.training.optimizer import decay_mask, make_optimizer, make_schedule
+from streamdit_jax.training.optimizer import decay_mask, hidden_matrices, make_optimizer, make_schedule
 
 
 @pytest.mark.parametrize("steps, warmup", [(100, 10), (100, 0), (7, 3), (5, 5), (1, 0), (1, 1)])
@@ -36,6 +36,14 @@ def test_impossible_fields_are_named(toy):
     object.__setattr__(config, "decay", "linear")
     with pytest.raises(ValueError, match=r"^optimizer\.decay: 'linear'"):
         make_schedule(config, 10)
+    with pytest.raises(ValueError, match=r"^name: 'adam' is not one of adamw, muon"):
+        toy.optimizer(name="adam")
+    with pytest.raises(ValueError, match=r"^momentum: lies in \[0, 1\), not at 1"):
+        toy.optimizer(momentum=1.0)
+    object.__setattr__(config, "decay", "cosine")
+    object.__setattr__(config, "name", "sgd")
+    with pytest.raises(ValueError, match=r"^optimizer\.name: 'sgd'"):
+        make_optimizer(config, 10)
 
 
 def test_only_matrices_decay():
@@ -94,6 +102,55 @@ def test_updates_are_adamw(toy, clip):
             params[name] = params[name] - float(schedule(n)) * (adam + decay)
     for name, p in params.items():
         np.testing.assert_allclose(ours[name], p, rtol=2e-5, atol=1e-6)
+
+
+def test_muon_takes_the_hidden_matrices():
+    """Not the first and last layers of a model, nor its tables and biases."""
+    blocks = {
+        "qkv": {"kernel": np.zeros((6, 8, 24)), "bias": np.zeros((6, 24))},
+        "position": {"row": np.zeros((6, 4, 8))},
+    }
+    tree = {
+        "dit": {"blocks": blocks, "velocity": {"kernel": np.zeros((8, 4))}},
+        "text": {"embedding": np.zeros((9, 8))},
+    }
+    is_leaf = lambda x: x is None or hasattr(x, "output_axis")  # noqa: E731
+    leaves = jax.tree_util.tree_flatten_with_path(hidden_matrices(tree), is_leaf=is_leaf)[0]
+    named = {jax.tree_util.keystr(path, simple=True, separator="/"): dims for path, dims in leaves}
+    assert {name for name, dims in named.items() if dims} == {"dit/blocks/qkv/kernel"}
+    assert tuple(named["dit/blocks/qkv/kernel"]) == (1, 2)
+
+
+def test_updates_are_muon(toy):
+    """Each layer's matrix by itself: Nesterov momentum, five Newton–Schulz iterations, AdamW's size; decay with the
+    rate. A layer whose gradient is a thousand times smaller moves as far.
+    """
+    config = toy.optimizer(
+        name="muon", learning_rate=0.1, warmup_steps=2, weight_decay=0.3, clip_norm=1e9, momentum=0.9
+    )
+    steps, rng = 5, np.random.default_rng(0)
+    kernels, bias = rng.normal(size=(2, 6, 4)), rng.normal(size=4)
+    tx, schedule = make_optimizer(config, steps), make_schedule(config, steps)
+    ours = {"blocks": {"up": {"kernel": jnp.float32(kernels)}}, "bias": jnp.float32(bias)}
+    opt_state = tx.init(ours)
+    momentum = np.zeros_like(kernels)
+    for n in range(steps):
+        gradient = rng.normal(size=kernels.shape) * np.array([1.0, 1e-3])[:, None, None]
+        tree = {"blocks": {"up": {"kernel": jnp.float32(gradient)}}, "bias": jnp.float32(rng.normal(size=4))}
+        updates, opt_state = tx.update(tree, opt_state, ours)
+        ours = jax.tree.map(jnp.add, ours, updates)
+
+        momentum = 0.9 * momentum + 0.1 * gradient
+        nesterov = 0.9 * momentum / (1 - 0.9 ** (n + 2)) + 0.1 * gradient / (1 - 0.9 ** (n + 1))
+        for layer, direction in enumerate(nesterov):
+            x = direction / np.linalg.norm(direction)
+            for _ in range(5):
+                square = x @ x.T
+                x = 3.4445 * x + (-4.775 * square + 2.0315 * square @ square) @ x
+            step = 0.2 * np.sqrt(6) * x + 0.3 * kernels[layer]
+            kernels[layer] = kernels[layer] - float(schedule(n)) * step
+    np.testing.assert_allclose(ours["blocks"]["up"]["kernel"], kernels, rtol=2e-4, atol=2e-5)
+    assert not np.array_equal(ours["bias"], bias) and np.all(np.isfinite(ours["bias"]))
 
 
 def test_statistics_without_gradient_never_move(toy):
