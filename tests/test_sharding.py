@@ -241,11 +241,11 @@ from streamdit_jax.training.optimizer import make_optimizer
 from streamdit_jax.training.state import init_state
 from streamdit_jax.training.step import make_train_step
 
-toy_path, directory = sys.argv[1:]
+toy_path, directory, optimizer = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("toy", toy_path)
 toy = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(toy)
-tx = make_optimizer(toy.optimizer(), 10)
+tx = make_optimizer(toy.optimizer(name=optimizer), 10)
 
 
 def train(mesh, steps=5):
@@ -318,12 +318,13 @@ def on_devices(count, program, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def test_sharded_training_equals_one_device(tmp_path):
-    report = on_devices(8, ON_EIGHT, HERE / "training" / "toy.py", tmp_path / "checkpoints")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_sharded_training_equals_one_device(tmp_path, optimizer):
+    report = on_devices(8, ON_EIGHT, HERE / "training" / "toy.py", tmp_path / "checkpoints", optimizer)
     assert len(report) == 2
     for (
         parts
-    ) in report.values():  # each kernel, its average and both moments lie in as many parts as the mesh has for them
+    ) in report.values():  # each kernel, its average and its moments lie in as many parts as the mesh has for them
         assert parts["params"] == parts["ema_params"] == parts["opt_state"]
     assert [parts["params"] for parts in report.values()] == [[4], [8]]
 
@@ -374,4 +375,5 @@ print(json.dumps([single, cut]))
 @pytest.mark.slow
 def test_sharded_transformer_equals_one_device():
     single, cut = on_devices(8, REAL_MODEL, HERE.parent / "configs" / "smoke.py")
-    assert cut == pytest.approx(single, rel=1e-5) and single[0] != single[-1]
+    # Muon, which the configuration takes, makes every direction as long as the others, rounding's included.
+    assert cut == pytest.approx(single, rel=1e-4) and single[0] != single[-1]
