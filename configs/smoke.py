@@ -28,14 +28,11 @@ def get_config() -> ml_collections.ConfigDict:
     config.text = (text,)
 
     config.dit.latent = (8, 8, 8, 16)
-    config.dit.patch = (1, 2, 2)
     config.dit.width = 64
     config.dit.num_layers = 2
     config.dit.num_heads = 2
     config.dit.ffn_width = 128
     config.dit.windows = ((4, 4, 4),)
-    config.dit.shifted = (False, True)
-    config.dit.wrap = (False, True, True)
     config.sampling.scheme = "N4c2s1"
 
     config.training.flow_matching.train_text = True

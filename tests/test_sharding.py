@@ -375,5 +375,4 @@ print(json.dumps([single, cut]))
 @pytest.mark.slow
 def test_sharded_transformer_equals_one_device():
     single, cut = on_devices(8, REAL_MODEL, HERE.parent / "configs" / "smoke.py")
-    # Muon, which the configuration takes, makes every direction as long as the others, rounding's included.
-    assert cut == pytest.approx(single, rel=1e-4) and single[0] != single[-1]
+    assert cut == pytest.approx(single, rel=1e-5) and single[0] != single[-1]
