@@ -178,7 +178,8 @@ ports = [fields[1] for fields in sockets if fields[3] == "0A"]
 spread = distributed.over_local_devices(np.arange(6.0))
 assert len(spread.sharding.device_set) == 2 and spread.is_fully_addressable and spread.sum() == 15
 assert len(distributed.over_local_devices(np.arange(3.0)).sharding.device_set) == 1
-print(json.dumps([len(jax.devices()), gathered["cut"].tolist(), float(gathered["own"]), float(first["x"]), ports]))
+report = [len(jax.devices()), gathered["cut"].tolist(), float(gathered["own"]), float(first["x"]), ports]
+print("said", json.dumps(report))
 distributed.leave(6 + cluster.process)
 """
 
@@ -210,7 +211,8 @@ def test_two_processes_find_each_other_on_loopback():
         for process in started:
             process.kill()
     for index, (said, error) in enumerate(outputs):
-        devices, cut, own, first, listening = json.loads(said.splitlines()[-1])  # gloo talks, too
+        [line] = [line for line in said.splitlines() if line.startswith("said ")]  # gloo talks, too, before or after
+        devices, cut, own, first, listening = json.loads(line.removeprefix("said "))
         assert (devices, cut, own, first) == (4, [[0, 1], [2, 3], [4, 5], [6, 7]], index, 10)
         if index == 0:  # who still runs when the other looks is chance
             [place] = [place for place in listening if place.endswith(f":{port:04X}")]

@@ -216,7 +216,9 @@ def test_what_was_traced_for_one_device_never_serves_another():
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (HERE.parent / "configs").glob("*.py")))
 def test_every_configuration_is_cut_nearly_evenly(config):
-    """No device holds much more than its share; what lies whole are biases, tables and the smallest kernels."""
+    """No device holds much more than its share; what lies whole are biases, tables and the smallest kernels, and of
+    autoencoders, which are most of the smallest models, all but the channels.
+    """
     from streamdit_jax.config import from_arguments
     from streamdit_jax.pipeline import initialise
 
@@ -229,7 +231,7 @@ def test_every_configuration_is_cut_nearly_evenly(config):
         held += math.prod(where.shard_shape(leaf.shape))
     sharding.require_cut(shapes, cut, "mesh")
     devices = math.prod(cut.shape.values())
-    assert held * devices < (1.1 if config.startswith("streamdit_4b") else 1.5) * total
+    assert held * devices < (1.1 if config.startswith("streamdit_4b") else 1.7) * total
 
 
 ON_EIGHT = """
