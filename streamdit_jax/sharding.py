@@ -38,7 +38,7 @@ TABLE: dict[str, tuple[str, ...]] = {
     "heads": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
-    "channels": ("fsdp",),
+    "channels": ("fsdp", "tensor"),
 }
 
 # First match wins. The axes belong to the *last* dimensions; what stands before them (the layer axis of stacked blocks,

@@ -76,7 +76,7 @@ def test_impossible_meshes_are_named(axes, complaint):
         ("text/0/block_1/ffn/out/kernel", (128, 64), ("tensor", "fsdp")),
         ("text/0/block_1/attention/out/kernel", (64, 64), ("tensor", "fsdp")),
         ("text/0/embedding/embedding", (384, 64), ("tensor", "fsdp")),
-        ("tae/encoder/block_0_0/causal/conv/kernel", (3, 3, 512, 256), (None, None, None, "fsdp")),
+        ("tae/encoder/block_0_0/causal/conv/kernel", (3, 3, 512, 256), (None, None, None, ("fsdp", "tensor"))),
         ("tae/latent_mean", (32,), (None,)),
         ("step", (), ()),
     ],
@@ -216,9 +216,7 @@ def test_what_was_traced_for_one_device_never_serves_another():
 
 @pytest.mark.parametrize("config", sorted(path.name for path in (HERE.parent / "configs").glob("*.py")))
 def test_every_configuration_is_cut_nearly_evenly(config):
-    """No device holds much more than its share; what lies whole are biases, tables and the smallest kernels, and of
-    autoencoders, which are most of the smallest models, all but the channels.
-    """
+    """No device holds much more than its share; what lies whole are biases, tables and the smallest kernels."""
     from streamdit_jax.config import from_arguments
     from streamdit_jax.pipeline import initialise
 
@@ -231,7 +229,7 @@ def test_every_configuration_is_cut_nearly_evenly(config):
         held += math.prod(where.shard_shape(leaf.shape))
     sharding.require_cut(shapes, cut, "mesh")
     devices = math.prod(cut.shape.values())
-    assert held * devices < (1.1 if config.startswith("streamdit_4b") else 1.7) * total
+    assert held * devices < (1.1 if config.startswith("streamdit_4b") else 1.5) * total
 
 
 ON_EIGHT = """
