@@ -41,7 +41,7 @@ FLOORS = [
     {"pipeline", "live", "distill"},
     {"training", "serving", "quantization"},
     {"evaluation", "bench", "plan"},
-    {"cli_stream", "cli_compile"},
+    {"cli_stream", "cli_compile", "cli_arguments"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -56,7 +56,7 @@ def test_the_commands_are_those_of_the_command_line():
     for _, _, _, command in listed():
         words = command.split()
         if "streamdit_jax.cli" in words:
-            arguments, rest = cli._parser().parse_known_args(words[words.index("streamdit_jax.cli") + 1 :])
+            arguments, rest = cli.make_parser(cli.RUNS).parse_known_args(words[words.index("streamdit_jax.cli") + 1 :])
             assert arguments.command == "bench" and all(word.startswith("--config") for word in rest)
             assert (ROOT / rest[0].partition("=")[2]).exists()
 
