@@ -90,9 +90,8 @@ def _encode(arguments) -> int:
 
 def _export(arguments) -> int:
     from streamdit_jax import weights
-    from streamdit_jax.pipeline import find_model
 
-    directory = find_model(arguments.model)
+    directory = weights.find_model(arguments.model)
     described = weights.load_card(directory)
     card = dict(described.get("card", {}))
     for name in arguments.report:
@@ -110,9 +109,8 @@ def _export(arguments) -> int:
 
 def _average(arguments) -> int:
     from streamdit_jax import weights
-    from streamdit_jax.pipeline import find_model
 
-    directories = [find_model(name) for name in arguments.models]
+    directories = [weights.find_model(name) for name in arguments.models]
     config, parts = weights.average(directories)
     cards = [weights.load_card(directory) for directory in directories]
     origins = [

@@ -1,10 +1,13 @@
-"""A model's parameters where streaming wants them: on the device, the transformer's layers apart.
+"""A model's parameters: fresh ones, their shapes, and those of a model on disk where streaming wants them, on the
+device, the transformer's layers apart.
 
 The transformer's are in the type of the arithmetic. Those of autoencoder and text encoders, which compute in float32,
 stay as they are stored beside a transformer in bfloat16, and are float32 otherwise: a number is the same in both. What
 goes to the device goes there tensor by tensor, and stacked layers layer by layer, so that nothing is there twice.
 """
 
+import functools
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,9 +19,46 @@ from flax import traverse_util
 
 from streamdit_jax import weights
 from streamdit_jax.config import Config
+from streamdit_jax.models.dit import DiT
+from streamdit_jax.models.tae import TAE
+from streamdit_jax.models.text import TextEncoder
+from streamdit_jax.programs import Programs
 
 PARTS = ("tae", "text", "dit")
 _STACKED = "dit/blocks/"
+
+
+def initialise(config: Config, key: jax.Array) -> dict[str, Any]:
+    """Fresh parameters of all parts: {"tae", "text": {"0": …}, "dit"}; under `jax.eval_shape` only their shapes."""
+    text_key, dit_key, tae_key = jax.random.split(key, 3)
+    text, text_params = [], {}
+    for index, of_encoder in enumerate(config.text):
+        tokens, mask = jnp.zeros((1, of_encoder.max_tokens), jnp.int32), jnp.ones((1, of_encoder.max_tokens), bool)
+        encoder = TextEncoder(of_encoder)
+        text_params[str(index)] = encoder.init(jax.random.fold_in(text_key, index), tokens, mask)["params"]
+        text.append((jnp.zeros((1, of_encoder.max_tokens, of_encoder.width)), mask))
+    latents = jnp.zeros((1, *config.dit.latent))
+    video = jnp.zeros((1, config.tae.compression[0], config.data.height, config.data.width, 3))
+    return {
+        "tae": TAE(config.tae).init(tae_key, video, tae_key)["params"],
+        "text": text_params,
+        "dit": DiT(config.dit).init(dit_key, latents, jnp.zeros(latents.shape[:2]), tuple(text))["params"],
+    }
+
+
+def shapes(config: Config, programs: Programs | None = None) -> dict[str, Any]:
+    """Shapes and types of the parameters of all parts, as `initialise` gives them. Finding them out takes a trace of
+    the whole model; programs: where they are remembered.
+    """
+
+    def find() -> bytes:
+        every = jax.eval_shape(functools.partial(initialise, config), jax.random.key(0))
+        flat = traverse_util.flatten_dict(every, sep="/")
+        return json.dumps({key: (leaf.shape, leaf.dtype.name) for key, leaf in flat.items()}).encode()
+
+    found = json.loads(find() if programs is None else programs.remembered("shapes", config.to_json(), find))
+    flat = {key: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for key, (shape, dtype) in found.items()}
+    return traverse_util.unflatten_dict(flat, sep="/")
 
 
 def load(directory: str | Path, described: Mapping[str, Any], config: Config, expected: Any) -> dict[str, Any]:

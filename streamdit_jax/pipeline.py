@@ -6,7 +6,6 @@ and the levels of a scheme are data to one compiled step.
 
 import functools
 import itertools
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -14,46 +13,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import traverse_util
 
-from streamdit_jax import parameters, weights
+from streamdit_jax import compiled, parameters, weights
 from streamdit_jax import stream as streaming
 from streamdit_jax.config import Config, from_mapping
 from streamdit_jax.endless import START, Stream, checked_log, first_source
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
-from streamdit_jax.models.dit import DiT, DiTConfig
-from streamdit_jax.models.tae import TAE, TAEConfig, initial_decoder_state, initial_encoder_state
-from streamdit_jax.models.text import TextEncoder, tokenize, with_frame_rate
+from streamdit_jax.models.tae import initial_decoder_state, initial_encoder_state
+from streamdit_jax.models.text import tokenize, with_frame_rate
 from streamdit_jax.models.text_cache import CachedText, Text, cache_text
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.programs import Programs
 from streamdit_jax.snapshot import Snapshot
 from streamdit_jax.steering import Timetable, side_by_side
 from streamdit_jax.video_input import VideoInput, frames_of
-
-BUNDLED = Path(__file__).with_name("bundled")
-
-
-def bundled_models() -> list[str]:
-    """Names of the models that ship with the package."""
-    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{weights.MODEL_FILE}"))
-
-
-def find_model(name_or_directory: str | Path) -> Path:
-    """The directory of a bundled model, of a model, or of the run that wrote one. CheckpointError where there is
-    none.
-    """
-    bundled = BUNDLED / str(name_or_directory)
-    if str(name_or_directory) in bundled_models():
-        return bundled
-    directory = Path(name_or_directory)
-    for candidate in (directory, directory / "model"):
-        if (candidate / weights.MODEL_FILE).exists():
-            return candidate
-    raise CheckpointError(
-        f"{name_or_directory}: no model of that name ships with the package "
-        f"({', '.join(bundled_models()) or 'none does'}), and no {weights.MODEL_FILE} lies in a directory of that name"
-    )
 
 
 def load(
@@ -67,45 +40,12 @@ def load(
     Raises CheckpointError where it is missing, foreign, truncated or altered; ConfigError where its configuration is
     impossible.
     """
-    directory = find_model(name_or_directory)
+    directory = weights.find_model(name_or_directory)
     card = weights.load_card(directory)
     config = from_mapping(card["config"]) if config is None else config
-    params = parameters.load(directory, card, config, parameter_shapes(config, programs))
+    params = parameters.load(directory, card, config, parameters.shapes(config, programs))
     fingerprint = "+".join(card["parts"][part]["sha256"][:16] for part in parameters.PARTS)
     return Pipeline(config, params, fingerprint, programs)
-
-
-def parameter_shapes(config: Config, programs: Programs | None = None) -> dict[str, Any]:
-    """Shapes and types of the parameters of all parts, as `initialise` gives them. Finding them out takes a trace of
-    the whole model; programs: where they are remembered.
-    """
-
-    def find() -> bytes:
-        shapes = jax.eval_shape(functools.partial(initialise, config), jax.random.key(0))
-        flat = traverse_util.flatten_dict(shapes, sep="/")
-        return json.dumps({key: (leaf.shape, leaf.dtype.name) for key, leaf in flat.items()}).encode()
-
-    found = json.loads(find() if programs is None else programs.remembered("shapes", config.to_json(), find))
-    flat = {key: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype)) for key, (shape, dtype) in found.items()}
-    return traverse_util.unflatten_dict(flat, sep="/")
-
-
-def initialise(config: Config, key: jax.Array) -> dict[str, Any]:
-    """Fresh parameters of all parts: {"tae", "text": {"0": …}, "dit"}; under `jax.eval_shape` only their shapes."""
-    text_key, dit_key, tae_key = jax.random.split(key, 3)
-    text, text_params = [], {}
-    for index, of_encoder in enumerate(config.text):
-        tokens, mask = jnp.zeros((1, of_encoder.max_tokens), jnp.int32), jnp.ones((1, of_encoder.max_tokens), bool)
-        encoder = TextEncoder(of_encoder)
-        text_params[str(index)] = encoder.init(jax.random.fold_in(text_key, index), tokens, mask)["params"]
-        text.append((jnp.zeros((1, of_encoder.max_tokens, of_encoder.width)), mask))
-    latents = jnp.zeros((1, *config.dit.latent))
-    video = jnp.zeros((1, config.tae.compression[0], config.data.height, config.data.width, 3))
-    return {
-        "tae": TAE(config.tae).init(tae_key, video, tae_key)["params"],
-        "text": text_params,
-        "dit": DiT(config.dit).init(dit_key, latents, jnp.zeros(latents.shape[:2]), tuple(text))["params"],
-    }
 
 
 class Pipeline:
@@ -118,7 +58,7 @@ class Pipeline:
         fingerprint: str = "unsaved",
         programs: Programs | None = None,
     ):
-        """params: {"tae", "text", "dit"} as `initialise` gives them; the transformer's layers may be a tuple.
+        """params: {"tae", "text", "dit"} as `parameters.initialise` gives them; the layers may be a tuple.
         fingerprint: tells snapshots of different weights apart. programs: as `load`.
         """
         self.config, self.fingerprint, self._programs = config, fingerprint, programs
@@ -127,11 +67,12 @@ class Pipeline:
         self._steps: dict[tuple, Any] = {}
         self._starts: dict[tuple, Any] = {}
         self._constants: dict[tuple, Any] = {}
-        self._encode_text = self._compiled("encode_text", self._encode_text_once)
+        self._encode_text = self._compiled("encode_text", functools.partial(compiled.encode_text, config.text))
         self._cache_text = self._compiled("cache_text", functools.partial(cache_text, config.dit))
-        self._decode = self._compiled("decode", self._decode_once)
-        self._encode_video = jax.jit(self._encode_video_once)
-        self._encode_frames = self._compiled("encode_frames", self._encode_frames_once)
+        decode = functools.partial(compiled.decode, config.tae, config.dit.compute_dtype)
+        self._decode = self._compiled("decode", decode)
+        self._encode_video = jax.jit(functools.partial(compiled.encode_video, config.tae))
+        self._encode_frames = self._compiled("encode_frames", functools.partial(compiled.encode_frames, config.tae))
 
     def _compiled(self, name: str, function: Callable, *facts: Any, donate_argnums: tuple[int, ...] = ()) -> Callable:
         """`jax.jit` of a function of parameters, or None, and more; or a program that the next process finds ready.
@@ -259,7 +200,7 @@ class Pipeline:
             stream.encoder, stream.frames_read = video.state, video.frames_read
         shape = PartitionScheme(scheme.num_references, scheme.num_chunks, scheme.chunk_size, 1)
         if (shape, filling) not in self._starts:
-            begin = functools.partial(_begin, scheme=shape, frame=frame, filling=filling)
+            begin = functools.partial(compiled.begin, shape, frame, filling)
             self._starts[shape, filling] = self._compiled("initial_state", begin, shape, filling)
         number = np.array([int(seed) % 2**32], np.uint32)
         stream.state = self._starts[shape, filling](None, number, source, stream.unshown)
@@ -344,29 +285,6 @@ class Pipeline:
             self._constants[name] = jax.device_put(streaming.stack_rows([row]))
         return self._constants[name]
 
-    def _encode_text_once(self, params, tokens, mask) -> Text:
-        return tuple(
-            (TextEncoder(config).apply({"params": params[str(index)]}, tokens, mask), mask)
-            for index, config in enumerate(self.config.text)
-        )
-
-    def _decode_once(self, params, latents, state):
-        apart = isinstance(latents, tuple)
-        if apart:
-            latents, state = _join(latents), _join(state)
-        tae = TAE(self.config.tae, self.config.dit.compute_dtype)
-        video, state = tae.apply({"params": params}, latents, state, method=TAE.decode)
-        state = jax.tree.map(lambda x: x.astype(jnp.float32), state)  # as a snapshot has it, on whatever device
-        video = jnp.clip(jnp.round((video + 1) * 127.5), 0, 255).astype(jnp.uint8)
-        return (_split(video), _split(state)) if apart else (video, state)
-
-    def _encode_video_once(self, params, video):
-        return TAE(self.config.tae).apply({"params": params}, video, method=TAE.encode)[0]
-
-    def _encode_frames_once(self, params, frames, state):
-        video = frames[None].astype(jnp.float32) / 127.5 - 1
-        return TAE(self.config.tae).apply({"params": params}, video, state, method=TAE.encode)
-
     def encode_frames(self, frames: np.ndarray, state: Any = None) -> tuple[jax.Array, Any]:
         """Frames uint8 [F, H, W, 3] of one video → latents [1, f, h, w, C] and the encoder's state to carry on; None
         starts a video.
@@ -398,7 +316,7 @@ class Pipeline:
     def initial_decoder(self, batch: int) -> Any:
         """The decoder's state at the start of a video."""
         if ("decoder", batch) not in self._starts:
-            begin = functools.partial(_begin_decoding, config=self.config.tae, batch=batch, size=self._size)
+            begin = functools.partial(compiled.begin_decoding, self.config.tae, batch, self._size)
             self._starts["decoder", batch] = self._compiled("initial_decoder", begin, batch)
         return self._starts["decoder", batch](None)
 
@@ -411,48 +329,6 @@ class Pipeline:
         """
         shape = PartitionScheme(scheme.num_references, scheme.num_chunks, scheme.chunk_size, 1)
         if (shape, masked) not in self._steps:
-            compiled = functools.partial(self._compiled, "step")
-            self._steps[shape, masked] = streaming_step(self.config.dit, shape, masked, compiled)
+            compile_step = functools.partial(self._compiled, "step")
+            self._steps[shape, masked] = compiled.streaming_step(self.config.dit, shape, masked, compile_step)
         return functools.partial(self._steps[shape, masked], self._dit_params)
-
-
-def streaming_step(config: DiTConfig, scheme: PartitionScheme, masked: bool, compiled: Callable | None = None) -> Any:
-    """The jitted (params, state, row, condition, source=None) → (state, front) behind `Pipeline.step`; the state is
-    donated. `streamdit plan` compiles it for devices that are not there. compiled: in place of `jax.jit`, with the
-    facts that the function closes over.
-    """
-
-    def step(params, state, row, condition, source=None):
-        def velocity(latents, text, levels, *present):
-            return DiT(config).apply({"params": params}, latents, levels, text, *present)
-
-        apart = not isinstance(state, streaming.StreamState)
-        if apart:
-            state, row, condition, source = map(_join, (state, row, condition, source))
-        result = streaming.step(velocity, state, row, condition, scheme, source, masked=masked)
-        return tuple(map(_split, result)) if apart else result
-
-    if compiled is None:
-        return jax.jit(step, donate_argnums=1)
-    return compiled(step, scheme, masked, donate_argnums=(1,))
-
-
-def _begin(_: None, seed: jax.Array, source: Any, references: Any, *, scheme, frame, filling) -> streaming.StreamState:
-    """A stream's buffer of noise. seed: uint32 [1]."""
-    keys = jax.vmap(jax.random.key)(seed)
-    return streaming.initial_state(keys, scheme, frame, filling, source=source, references=references)
-
-
-def _begin_decoding(_: None, *, config: TAEConfig, batch: int, size: tuple[int, int]) -> Any:
-    return initial_decoder_state(config, batch, *size)
-
-
-def _join(trees: tuple) -> Any:
-    """Pytrees of one example each as a batch."""
-    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *trees)
-
-
-def _split(tree: Any) -> tuple:
-    """A batch as pytrees of one example each."""
-    count = len(jax.tree.leaves(tree)[0])
-    return tuple(jax.tree.map(lambda leaf, index=index: leaf[index : index + 1], tree) for index in range(count))

@@ -27,6 +27,29 @@ from streamdit_jax.errors import CheckpointError
 
 MODEL_FILE = "model.json"
 FORMATS = (1, 2)
+BUNDLED = Path(__file__).with_name("bundled")
+
+
+def bundled_models() -> list[str]:
+    """Names of the models that ship with the package."""
+    return sorted(path.parent.name for path in BUNDLED.glob(f"*/{MODEL_FILE}"))
+
+
+def find_model(name_or_directory: str | Path) -> Path:
+    """The directory of a bundled model, of a model, or of the run that wrote one. CheckpointError where there is
+    none.
+    """
+    bundled = BUNDLED / str(name_or_directory)
+    if str(name_or_directory) in bundled_models():
+        return bundled
+    directory = Path(name_or_directory)
+    for candidate in (directory, directory / "model"):
+        if (candidate / MODEL_FILE).exists():
+            return candidate
+    raise CheckpointError(
+        f"{name_or_directory}: no model of that name ships with the package "
+        f"({', '.join(bundled_models()) or 'none does'}), and no {MODEL_FILE} lies in a directory of that name"
+    )
 
 
 def converted_type(key: str, stored: Any, dtype: Any) -> jnp.dtype:

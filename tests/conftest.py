@@ -16,7 +16,7 @@ from streamdit_jax.config import Config, DataConfig, SamplingConfig
 from streamdit_jax.models.dit import DiTConfig
 from streamdit_jax.models.tae import TAEConfig
 from streamdit_jax.models.text import TextConfig
-from streamdit_jax.pipeline import initialise
+from streamdit_jax.parameters import initialise
 
 
 def pytest_configure(config):

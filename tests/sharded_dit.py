@@ -15,10 +15,10 @@ import jax
 import numpy as np
 
 from streamdit_jax import flow, sharding, stream
+from streamdit_jax.compiled import streaming_step
 from streamdit_jax.kernels.window_parallel import layer_exchange
 from streamdit_jax.models.dit import DiT, DiTConfig, unstack
 from streamdit_jax.partition import PartitionScheme
-from streamdit_jax.pipeline import streaming_step
 from streamdit_jax.stages import OptimizerConfig, StageConfig
 from streamdit_jax.training.objective import Objective
 from streamdit_jax.training.program import make_program

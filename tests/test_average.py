@@ -8,7 +8,6 @@ import pytest
 
 from streamdit_jax import cli, weights
 from streamdit_jax.errors import CheckpointError
-from streamdit_jax.pipeline import find_model
 
 
 @pytest.fixture
@@ -34,7 +33,7 @@ def test_the_mean_of_models_and_what_it_is_made_of(models, tiny_params, tmp_path
     of = card["card"]["average_of"]
     assert [entry["model"] for entry in of] == [str(one), str(two)]
     assert of[1]["parts"]["dit"] == weights.load_card(two)["parts"]["dit"]["sha256"]
-    assert card["card"]["command"].startswith("streamdit average") and find_model(tmp_path / "mean")
+    assert card["card"]["command"].startswith("streamdit average") and weights.find_model(tmp_path / "mean")
 
 
 def test_bfloat16_is_summed_in_float32(models):

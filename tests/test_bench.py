@@ -18,7 +18,8 @@ from streamdit_jax.bench import compare, peaks, profile, run, start, streaming
 from streamdit_jax.bench.compilations import Compilations
 from streamdit_jax.bench.subject import Subject, from_json, load_config, random_params, resolve
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
-from streamdit_jax.pipeline import Pipeline, initialise
+from streamdit_jax.parameters import initialise
+from streamdit_jax.pipeline import Pipeline
 
 CONFIG = """
 import json

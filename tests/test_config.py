@@ -16,7 +16,7 @@ from streamdit_jax import stages
 from streamdit_jax.config import from_arguments, from_mapping
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.dit import parameter_count
-from streamdit_jax.pipeline import initialise
+from streamdit_jax.parameters import initialise
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "configs").glob("*.py"))

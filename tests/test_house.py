@@ -37,6 +37,7 @@ FLOORS = [
         "roofline",
         "parameters",
         "programs",
+        "compiled",
     },
     {"pipeline", "live", "distill"},
     {"training", "serving", "quantization"},

@@ -17,7 +17,8 @@ from streamdit_jax.errors import CheckpointError, ConfigError
 from streamdit_jax.evaluation import quantized as measures
 from streamdit_jax.models.dit import DiT, unstack
 from streamdit_jax.models.linear import FLOAT8, LARGEST
-from streamdit_jax.pipeline import Pipeline, initialise
+from streamdit_jax.parameters import initialise
+from streamdit_jax.pipeline import Pipeline
 
 PROMPTS = ("a red car", "a blue bus at night")
 ROOT = Path(__file__).parents[1]

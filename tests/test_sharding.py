@@ -218,7 +218,7 @@ def test_what_was_traced_for_one_device_never_serves_another():
 def test_every_configuration_is_cut_nearly_evenly(config):
     """No device holds much more than its share; what lies whole are biases, tables and the smallest kernels."""
     from streamdit_jax.config import from_arguments
-    from streamdit_jax.pipeline import initialise
+    from streamdit_jax.parameters import initialise
 
     model = from_arguments([f"--config={HERE.parent / 'configs' / config}"])
     shapes = jax.eval_shape(lambda key: initialise(model, key), jax.random.key(0))

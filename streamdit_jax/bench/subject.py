@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from streamdit_jax import machine, weights
+from streamdit_jax import machine, parameters, weights
 from streamdit_jax.config import Config, from_arguments, from_mapping
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.dit import DiTConfig
 from streamdit_jax.models.linear import QUANTIZED
-from streamdit_jax.pipeline import Pipeline, find_model, load, parameter_shapes
+from streamdit_jax.pipeline import Pipeline, load
 from streamdit_jax.programs import Programs
 from streamdit_jax.sharding import path_name
 
@@ -69,7 +69,7 @@ class Subject:
 
     def shapes(self, programs: Programs | None = None) -> dict[str, Any]:
         """Shapes of the parameters of each part; nothing is computed."""
-        return parameter_shapes(self.config, programs)
+        return parameters.shapes(self.config, programs)
 
     def parameter_bytes(self, programs: Programs | None = None) -> dict[str, int]:
         """Bytes of each part's parameters on the device: the transformer's in its own precision, the others' in
@@ -105,7 +105,7 @@ def from_json(text: str) -> Subject:
 
 def load_config(model: str) -> Config:
     """The configuration of a model on disk."""
-    return from_mapping(weights.load_card(find_model(model))["config"])
+    return from_mapping(weights.load_card(weights.find_model(model))["config"])
 
 
 def resolve(
@@ -184,7 +184,7 @@ def random_params(config: Config, programs: Programs | None = None, seed: int = 
         return jnp.asarray((scale * block[: leaf.size]).astype(dtype).reshape(leaf.shape))
 
     params = {}
-    for part, tree in parameter_shapes(config, programs).items():
+    for part, tree in parameters.shapes(config, programs).items():
         paths, structure = jax.tree_util.tree_flatten_with_path(tree)
         filled = [fill(path, leaf, dtype) for (path, leaf), dtype in zip(paths, _dtypes(config, part, tree))]
         params[part] = jax.tree.unflatten(structure, filled)

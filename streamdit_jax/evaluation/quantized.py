@@ -33,7 +33,7 @@ from streamdit_jax.errors import ConfigError
 from streamdit_jax.machine import hardware, versions
 from streamdit_jax.models.dit import DiT, DiTConfig
 from streamdit_jax.models.linear import Weights, multiply
-from streamdit_jax.pipeline import Pipeline, find_model
+from streamdit_jax.pipeline import Pipeline
 from streamdit_jax.quantization import MARGIN, PROJECTIONS, calibrate, forwards, quantize_with, require_calibration
 
 Model = tuple[Config, dict[str, Any]]
@@ -56,7 +56,7 @@ def run(
     Raises ConfigError for what cannot be quantised (see `quantization.quantize`) and where `out` is the model itself;
     CheckpointError for a model that is none, and an `out` that cannot be written.
     """
-    started, directory = time.perf_counter(), find_model(model)
+    started, directory = time.perf_counter(), weights.find_model(model)
     if Path(out).resolve() == directory.resolve():
         raise ConfigError(f"--out: {out} is the model itself, which stays as it is; give another directory")
     config, params = source = _read(directory)

@@ -12,12 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from streamdit_jax import flops, sharding, stream
+from streamdit_jax.compiled import streaming_step
 from streamdit_jax.config import Config, require_trainable
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.dit import DiTConfig, parameter_count, unstack
 from streamdit_jax.models.text_cache import cache_text
+from streamdit_jax.parameters import initialise
 from streamdit_jax.partition import PartitionScheme
-from streamdit_jax.pipeline import initialise, streaming_step
 from streamdit_jax.weights import converted_type
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from streamdit_jax.config import Config
 from streamdit_jax.errors import ConfigError
-from streamdit_jax.pipeline import initialise
+from streamdit_jax.parameters import initialise
 from streamdit_jax.stages import MAIN
 from streamdit_jax.training.autoencoder import autoencoder
 from streamdit_jax.training.distillation import distillation

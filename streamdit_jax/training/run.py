@@ -28,7 +28,8 @@ from streamdit_jax.errors import CheckpointError, ConfigError, DataError
 from streamdit_jax.machine import hardware, versions
 from streamdit_jax.models.tae import TAE
 from streamdit_jax.models.text import tokenize
-from streamdit_jax.pipeline import Pipeline, find_model, initialise
+from streamdit_jax.parameters import initialise
+from streamdit_jax.pipeline import Pipeline
 from streamdit_jax.stages import StageConfig
 from streamdit_jax.training import agreement
 from streamdit_jax.training.abstract import abstract_batches
@@ -252,7 +253,7 @@ def _require_models(config: Config) -> None:
 def _named_model(field: str, name: str) -> Path:
     """The directory of the model that a field names. ConfigError, naming the field, where there is none."""
     try:
-        return find_model(name)
+        return weights.find_model(name)
     except CheckpointError as missing:
         raise ConfigError(f"{field}: {missing}") from None
 

@@ -9,7 +9,8 @@ import jax
 import numpy as np
 import pytest
 
-from streamdit_jax.pipeline import Pipeline, initialise
+from streamdit_jax.parameters import initialise
+from streamdit_jax.pipeline import Pipeline
 
 
 @pytest.fixture(scope="session")

@@ -12,9 +12,9 @@ import pytest
 from jax import export
 
 from streamdit_jax import sharding
+from streamdit_jax.compiled import streaming_step
 from streamdit_jax.config import from_arguments
 from streamdit_jax.partition import PartitionScheme
-from streamdit_jax.pipeline import streaming_step
 from streamdit_jax.plan.programs import streaming_program
 from streamdit_jax.plan.topology import describe, only_describe
 from streamdit_jax.programs import ANY_CALL
