@@ -17,21 +17,22 @@ def get_config() -> ml_collections.ConfigDict:
     config.data.source = "runs/roadtrip_image/latents"
     config.data.autoencoder = "runs/roadtrip_image"
     config.dit.latent = (16, 8, 8, 32)
-    config.dit.windows = ((8, 4, 4),)
+    # Two rows of all frames, where what scrolls can be followed; then four whole frames, which hold a picture together.
+    config.dit.windows = ((16, 2, 8), (4, 8, 8))
     config.sampling.scheme = "N8c2s16"
 
     config.training = ml_collections.ConfigDict()
     stage = config.training.flow_matching = ml_collections.ConfigDict()
     stage.start_from = "runs/roadtrip_image"
     stage.train_text = False
-    stage.steps = 1400
+    stage.steps = 3400
     stage.batch_size = 8
     stage.num_frames = 16
     stage.ema_decay = 0.998
     stage.checkpoint_every = 250
     stage.sample_every = 0
     stage.optimizer = ml_collections.ConfigDict(
-        dict(learning_rate=1e-3, warmup_steps=50, decay="cosine", final_scale=0.05, weight_decay=0.01)
+        dict(name="muon", learning_rate=2e-3, warmup_steps=50, decay="cosine", final_scale=0.02, weight_decay=0.01)
     )
     mixture = ml_collections.ConfigDict()
     # Text tells most where there is little else to see: p2 draws more of the levels near noise. K2N7c2s1 teaches the

@@ -22,17 +22,17 @@ def get_config() -> ml_collections.ConfigDict:
     stage.teacher = "runs/roadtrip"
     stage.scheme = "N8c2s1"
     stage.teacher_steps = 2
-    stage.guidance = 2.0
+    stage.guidance = 4.0
     stage.method = "segment"
     stage.uniform_share = 0.3
     stage.rollout_share = 0.25
     stage.rollout_chunks = 4
-    stage.steps = 480
+    stage.steps = 200
     stage.batch_size = 8
     stage.num_frames = 16
     stage.ema_decay = 0.99
-    stage.checkpoint_every = 100
+    stage.checkpoint_every = 50
     stage.optimizer = ml_collections.ConfigDict(
-        dict(learning_rate=3e-4, warmup_steps=20, decay="cosine", final_scale=0.1, weight_decay=0.0)
+        dict(learning_rate=3e-4, warmup_steps=10, decay="cosine", final_scale=0.1, weight_decay=0.0)
     )
     return config

@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.source = "roadtrip"
-    config.data.num_clips = 4096
+    config.data.num_clips = 2048
     config.data.clip_frames = 80
     config.data.captions_per_clip = 8
     config.data.height = 64
@@ -48,14 +48,14 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.dit = ml_collections.ConfigDict()
     config.dit.latent = (1, 8, 8, 32)
-    config.dit.patch = (1, 2, 2)
-    config.dit.width = 256
+    config.dit.patch = (1, 1, 1)
+    config.dit.width = 128
     config.dit.num_layers = 6
-    config.dit.num_heads = 4
-    config.dit.ffn_width = 640
-    config.dit.windows = ((1, 4, 4),)
-    config.dit.shifted = (False, True)
-    config.dit.wrap = (False, True, True)
+    config.dit.num_heads = 2
+    config.dit.ffn_width = 512
+    config.dit.windows = ((1, 2, 8), (1, 8, 8))
+    config.dit.shifted = (False,)
+    config.dit.position = "both"
     config.dit.qk_norm = "head"
     config.dit.pooled_text = True
     config.dit.remat = "none"
@@ -91,14 +91,14 @@ def get_config() -> ml_collections.ConfigDict:
     stage = config.training.flow_matching = ml_collections.ConfigDict()
     stage.start_from = ""
     stage.train_text = False
-    stage.steps = 1600
+    stage.steps = 2000
     stage.batch_size = 64
     stage.num_frames = 1
     stage.ema_decay = 0.998
-    stage.checkpoint_every = 400
+    stage.checkpoint_every = 250
     stage.sample_every = 0
     stage.optimizer = ml_collections.ConfigDict(
-        dict(learning_rate=2e-3, warmup_steps=100, decay="cosine", final_scale=0.15, weight_decay=0.01)
+        dict(name="muon", learning_rate=3e-3, warmup_steps=50, decay="cosine", final_scale=0.15, weight_decay=0.01)
     )
     mixture = ml_collections.ConfigDict()
     # Text tells most where there is little else to see: p2 draws more of the levels near noise.

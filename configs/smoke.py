@@ -28,14 +28,19 @@ def get_config() -> ml_collections.ConfigDict:
     config.text = (text,)
 
     config.dit.latent = (8, 8, 8, 16)
+    config.dit.patch = (1, 2, 2)
     config.dit.width = 64
     config.dit.num_layers = 2
     config.dit.num_heads = 2
     config.dit.ffn_width = 128
     config.dit.windows = ((4, 4, 4),)
+    config.dit.shifted = (False, True)
+    config.dit.wrap = (False, True, True)
+    config.dit.position = "learned"
     config.sampling.scheme = "N4c2s1"
 
     config.training.flow_matching.train_text = True
+    config.training.flow_matching.optimizer.update(dict(name="adamw", learning_rate=2e-3))
     # A third of the steps are on images, single latent frames of the same clips.
     config.training.flow_matching.buckets = ml_collections.ConfigDict(
         dict(images=dict(latent=(1, 8, 8), batch_size=16, share=0.3, source=""))

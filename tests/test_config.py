@@ -67,9 +67,9 @@ def test_the_4b_model_has_its_parameters():
     [
         (["--config.dit.wdth=1"], "wdth"),
         (["--config.dit.width=wide"], "dit.width"),
-        (["--config.dit.num_heads=3"], "dit.num_heads: 3 heads do not divide a width of 256"),
-        (["--config.dit.windows=((8,3,4),)"], "dit.windows: 3 does not divide the 4 tokens along height"),
-        (["--config.dit.num_layers=5"], "dit.num_layers: 5 layers do not hold whole patterns of 2"),
+        (["--config.dit.num_heads=3"], "dit.num_heads: 3 heads do not divide a width of 128"),
+        (["--config.dit.windows=((8,3,4),)"], "dit.windows: 3 does not divide the 8 tokens along height"),
+        ([BASE, "--config.dit.num_layers=5"], "dit.num_layers: 5 layers do not hold whole patterns of 2"),
         (["--config.dit.patch=(2,2,2)"], "dit.patch"),
         (["--config.dit.latent=(16,8,8,16)"], "dit.latent: 16 channels, but tae.latent_channels is 32"),
         (["--config.dit.qk_norm=batch"], "dit.qk_norm: 'batch' is not one of none, head, width"),

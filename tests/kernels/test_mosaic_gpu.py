@@ -243,7 +243,7 @@ def test_tuning_fits_the_shapes():
 
 @pytest.mark.parametrize(
     ("config", "names"),
-    [("streamdit_4b", ["streamdit_4b", "streamdit_4b_shifted"]), ("roadtrip", ["roadtrip", "roadtrip_cut"])],
+    [("streamdit_4b", ["streamdit_4b", "streamdit_4b_shifted"]), ("roadtrip", ["roadtrip_rows", "roadtrip_frames"])],
 )
 def test_shapes_are_those_of_the_configurations(config, names):
     dit = from_arguments([f"--config={HERE.parents[1]}/configs/{config}.py"]).dit

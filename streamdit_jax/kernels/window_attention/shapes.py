@@ -28,9 +28,9 @@ def _layer(grid, window, shifted: bool, *, heads: int, dim: int, wrap_time: bool
     return Shape(Windows(order, window, block if shifted else (0, 0, 0), (wrap_time, True, True)), heads, dim)
 
 
-def _roadtrip(shift: int) -> Shape:
-    order = TokenOrder((16, 4, 4), (8, 4, 4), (4, 4, 4))
-    return Shape(Windows(order, order.window, (shift, 0, 0), (False, True, True)), heads=4, dim=64)
+def _roadtrip(window) -> Shape:
+    order = TokenOrder((16, 8, 8), (16, 2, 8), (4, 2, 8))
+    return Shape(Windows(order, window, (0, 0, 0), (True, True, True)), heads=2, dim=64)
 
 
 SHAPES = {
@@ -43,7 +43,7 @@ SHAPES = {
     "wan_like_shifted": _layer((16, 32, 64), (8, 16, 16), True, heads=12, dim=128),
     # As wide as the 4B, in heads of 64.
     "head_64_shifted": _layer((16, 32, 32), (8, 16, 16), True, heads=48, dim=64),
-    # configs/roadtrip.py: two windows of 128 tokens, whose halves along time are all there is to a shift.
-    "roadtrip": _roadtrip(0),
-    "roadtrip_cut": _roadtrip(4),
+    # configs/roadtrip.py: two rows of all frames, then four whole frames, in blocks that both are made of.
+    "roadtrip_rows": _roadtrip((16, 2, 8)),
+    "roadtrip_frames": _roadtrip((4, 8, 8)),
 }
