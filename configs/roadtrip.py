@@ -1,9 +1,10 @@
-"""Roadtrip, second of three: video, on a mixture of partition schemes, from configs/roadtrip_image.py's model on.
+"""Roadtrip, second of four: video, on a mixture of partition schemes, from configs/roadtrip_image.py's model on.
 
     streamdit train --config=configs/roadtrip.py --workdir=runs/roadtrip
     streamdit stream "a red car drives past green hills" --model=runs/roadtrip
 
-Expect what docs/roadtrip.md records. configs/roadtrip_distill.py makes of it the model that ships.
+Expect what docs/roadtrip.md records. configs/roadtrip_switch.py and configs/roadtrip_distill.py make of it the model
+that ships.
 """
 
 import ml_collections

@@ -1,10 +1,10 @@
-"""Roadtrip, third of three: the student that ships. Eight unguided steps for its teacher's 16 to 128 guided ones.
+"""Roadtrip, last of four: the student that ships. Eight unguided steps for its teacher's 16 to 128 guided ones.
 
     streamdit train --config=configs/roadtrip_distill.py --workdir=runs/roadtrip_distill
     streamdit stream "a red car drives past green hills" --model=runs/roadtrip_distill
 
-The teacher is configs/roadtrip.py's model; it takes `teacher_steps` guided steps for each of the student's. Expect what
-docs/roadtrip.md records.
+The teacher is configs/roadtrip_switch.py's model; it takes `teacher_steps` guided steps for each of the student's.
+Expect what docs/roadtrip.md records.
 """
 
 import ml_collections
@@ -19,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.training = ml_collections.ConfigDict()
     stage = config.training.distillation = ml_collections.ConfigDict()
-    stage.teacher = "runs/roadtrip"
+    stage.teacher = "runs/roadtrip_switch"
     stage.scheme = "N8c2s1"
     stage.teacher_steps = 2
     stage.guidance = 4.0
@@ -27,6 +27,7 @@ def get_config() -> ml_collections.ConfigDict:
     stage.uniform_share = 0.3
     stage.rollout_share = 0.25
     stage.rollout_chunks = 4
+    stage.switch_share = 0.5
     stage.steps = 200
     stage.batch_size = 8
     stage.num_frames = 16

@@ -1,4 +1,4 @@
-"""Roadtrip, first of three: autoencoder, text encoder, and a transformer that knows images.
+"""Roadtrip, first of four: autoencoder, text encoder, and a transformer that knows images.
 
     streamdit train --config=configs/roadtrip_image.py --workdir=runs/roadtrip_image
 

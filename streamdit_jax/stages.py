@@ -129,14 +129,17 @@ class AutoencoderObjective:
 @dataclasses.dataclass(frozen=True)
 class FlowMatchingObjective:
     """Buffered flow matching over a mixture of partition schemes; captions are dropped for guidance at
-    `caption_dropout`.
+    `caption_dropout`. switch_share: of the examples, those whose first frames are another clip's, as after a change of
+    prompt (`training.flow_matching.splice`).
     """
 
     mixture: MixtureConfig
     caption_dropout: float = 0.1
+    switch_share: float = 0.0
 
     def __post_init__(self):
-        require(0 <= self.caption_dropout <= 1, f"caption_dropout: lies between 0 and 1, not at {self.caption_dropout}")
+        for name in ("caption_dropout", "switch_share"):
+            require(0 <= getattr(self, name) <= 1, f"{name}: lies between 0 and 1, not at {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +291,7 @@ class DistillationStage(StageConfig):
     scheme: the student's, such as N8c2s1. teacher_steps: steps of the teacher for each of the student's.
     guidance: the teacher's. method: segment | consistency. uniform_share, rollout_share: shares of the inputs that are
         buffers at one level, and states of the student's own streaming after up to `rollout_chunks` chunks.
+    switch_share: as in flow matching.
     """
 
     scheme: str
@@ -298,6 +302,7 @@ class DistillationStage(StageConfig):
     uniform_share: float = 0.25
     rollout_share: float = 0.25
     rollout_chunks: int = 4
+    switch_share: float = 0.0
 
     def __post_init__(self):
         super().__post_init__()
@@ -308,7 +313,7 @@ class DistillationStage(StageConfig):
         require(self.method in ("segment", "consistency"), f"method: {self.method!r} is not segment or consistency")
         for field in ("teacher_steps", "rollout_chunks"):
             require(getattr(self, field) >= 1, f"{field}: must be at least 1, not {getattr(self, field)}")
-        for field in ("uniform_share", "rollout_share"):
+        for field in ("uniform_share", "rollout_share", "switch_share"):
             require(0 <= getattr(self, field) <= 1, f"{field}: lies between 0 and 1, not at {getattr(self, field)}")
 
 

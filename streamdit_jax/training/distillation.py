@@ -17,7 +17,7 @@ from streamdit_jax.models.text import tokenize
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.sharding import constrain
 from streamdit_jax.stages import DistillationStage
-from streamdit_jax.training.flow_matching import encode_text, frozen, max_tokens
+from streamdit_jax.training.flow_matching import encode_text, frozen, max_tokens, splice
 from streamdit_jax.training.objective import Objective
 
 
@@ -43,7 +43,10 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
 
     def loss(params, constants, batch, key):
         level_key, noise_key, place_key, cycle_key, rollout_key = jax.random.split(key, 5)
-        clean, size = batch["latents"], len(batch["latents"])
+        clean, size = (
+            splice(jax.random.fold_in(key, 1), batch["latents"], constants["switch_share"]),
+            len(batch["latents"]),
+        )
         text = encode_text(config.text, constants["text"], batch["tokens"], batch["text_mask"])
         text = tuple((constrain(x, "batch", None, None), mask) for x, mask in text)
         null = encode_text(config.text, constants["text"], empty_tokens[None], empty_mask[None])
@@ -93,6 +96,7 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
         "text": frozen(teacher["text"], config.dit.compute_dtype),
         "guidance": np.float32(stage.guidance),
         "uniform_share": np.float32(stage.uniform_share),
+        "switch_share": np.float32(stage.switch_share),
     }
 
     def count(batch):

@@ -95,6 +95,20 @@ def _waves(frames: int, width: int) -> np.ndarray:
     return FRAME_DEVIATION * waves / np.sqrt(np.mean(waves**2))
 
 
+def splice(key: jax.Array, latents: jax.Array, share: jax.Array | float) -> jax.Array:
+    """Clips [b, F, …] as a change of prompt leaves them: of a share of the examples, the frames before a place that is
+    drawn uniformly from 1 … F − 1 are those of the example before it in the batch. The caption tells only the rest.
+    """
+    size, frames = latents.shape[:2]
+    if frames == 1:
+        return latents
+    share_key, place_key = jax.random.split(key)
+    place = jax.random.randint(place_key, (size, 1), 1, frames)
+    spliced = jax.random.uniform(share_key, (size, 1)) < share
+    before = spliced & (jnp.arange(frames) < place)
+    return jnp.where(before[..., None, None, None], jnp.roll(latents, 1, axis=0), latents)
+
+
 def flow_matching(
     config: Config,
     objective: FlowMatchingObjective,
@@ -134,6 +148,7 @@ def flow_matching(
     def loss(params, constants, batch, key):
         level_key, noise_key, drop_key = jax.random.split(key, 3)
         latents = jax.lax.stop_gradient(latents_of(constants, batch))
+        latents = splice(jax.random.fold_in(key, 1), latents, constants["switch_share"])
         size = len(latents)
         per_example = objective.mixture.draw == "example"
         mixture = constants["mixture"][str(latents.shape[1])]
@@ -161,6 +176,7 @@ def flow_matching(
     constants = {
         "mixture": {str(length): objective.mixture.arrays(length) for length in frames},
         "caption_dropout": np.float32(objective.caption_dropout),
+        "switch_share": np.float32(objective.switch_share),
     }
     if tae_params is not None:
         constants["tae"] = tae_params

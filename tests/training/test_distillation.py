@@ -74,6 +74,8 @@ def test_guidance_and_shares_are_data(tiny, teacher, batch):
     before = loss(params, first.constants, batch, jax.random.key(1))[0]
     second = distillation(tiny, dataclasses.replace(STAGE, guidance=3.0, uniform_share=0.9), teacher)
     assert loss(params, second.constants, batch, jax.random.key(1))[0] != before
+    third = distillation(tiny, dataclasses.replace(STAGE, switch_share=1.0), teacher)
+    assert loss(params, third.constants, batch, jax.random.key(1))[0] != before
     assert loss._cache_size() == 1
 
 

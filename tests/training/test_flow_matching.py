@@ -10,7 +10,7 @@ import pytest
 from streamdit_jax import flow
 from streamdit_jax.models.text import tokenize
 from streamdit_jax.stages import FlowMatchingObjective, MixtureConfig
-from streamdit_jax.training.flow_matching import flow_matching
+from streamdit_jax.training.flow_matching import flow_matching, splice
 from streamdit_jax.training.text_alignment import gist, pool, text_alignment
 
 
@@ -54,6 +54,33 @@ def test_captions_matter_unless_they_are_dropped(tiny, params):
         loss = jax.jit(objective.loss)
         values = [loss(params, objective.constants, batch, jax.random.key(1))[0] for batch in (one, other)]
         assert (values[0] == values[1]) == same
+
+
+def test_a_spliced_clip_begins_as_the_one_before_it(tiny, params):
+    """Each example is its own from its place on, and the one before it in the batch up to there; places cover all."""
+    latents = jnp.arange(400.0).repeat(6).reshape(400, 6, 1, 1, 1)
+    done = np.asarray(jax.jit(splice)(jax.random.key(0), latents, 0.5))[..., 0, 0, 0]
+    whole = np.all(done == np.arange(400)[:, None], axis=1)
+    assert 0.4 < whole.mean() < 0.6
+    places = (done == (np.arange(400)[:, None] - 1) % 400).sum(axis=1)
+    wanted = np.where(np.arange(6) < places[:, None], (np.arange(400)[:, None] - 1) % 400, np.arange(400)[:, None])
+    np.testing.assert_array_equal(done, wanted)
+    assert set(places[~whole]) == {1, 2, 3, 4, 5}
+    np.testing.assert_array_equal(splice(jax.random.key(0), latents, 0.0), latents)
+    np.testing.assert_array_equal(splice(jax.random.key(0), latents[:, :1], 1.0), latents[:, :1])  # images have no past
+
+
+def test_a_switch_is_learnt_from_the_clip_that_was_spliced(tiny, params):
+    """The loss of a batch with switch_share 1 is that of its spliced clips."""
+    batch, key = batch_of(["a red car", "a blue bus at night"]), jax.random.key(1)
+    spliced = {**batch, "latents": splice(jax.random.fold_in(key, 1), batch["latents"], 1.0)}
+    mixture = MixtureConfig((("N4c2s1", 1.0),))
+    sharing = flow_matching(tiny, FlowMatchingObjective(mixture, caption_dropout=0.0, switch_share=1.0))
+    plain = flow_matching(tiny, FlowMatchingObjective(mixture, caption_dropout=0.0))
+    loss = jax.jit(sharing.loss)
+    value = loss(params, sharing.constants, batch, key)[0]
+    assert value == loss(params, plain.constants, spliced, key)[0] != loss(params, plain.constants, batch, key)[0]
+    assert loss._cache_size() == 1
 
 
 def test_mixtures_are_data_to_one_compiled_loss(tiny, params):
