@@ -73,7 +73,7 @@ def test_a_spliced_clip_begins_as_the_one_before_it(tiny, params):
 def test_a_switch_is_learnt_from_the_clip_that_was_spliced(tiny, params):
     """The loss of a batch with switch_share 1 is that of its spliced clips."""
     batch, key = batch_of(["a red car", "a blue bus at night"]), jax.random.key(1)
-    spliced = {**batch, "latents": splice(jax.random.fold_in(key, 1), batch["latents"], 1.0)}
+    spliced = {**batch, "latents": np.asarray(splice(jax.random.fold_in(key, 1), batch["latents"], 1.0))}
     mixture = MixtureConfig((("N4c2s1", 1.0),))
     sharing = flow_matching(tiny, FlowMatchingObjective(mixture, caption_dropout=0.0, switch_share=1.0))
     plain = flow_matching(tiny, FlowMatchingObjective(mixture, caption_dropout=0.0))
