@@ -19,7 +19,9 @@ from streamdit_jax.partition import PartitionScheme
 
 
 def encode_text(configs: Sequence[TextConfig], params: Any, tokens: jax.Array, mask: jax.Array) -> Text:
-    """What each text encoder makes of the same bytes, int32 and bool [b, t]."""
+    """Every encoder's sequence [b, t, width] and mask, the `text` of a DiT, for tokens int32 and mask bool [b, t].
+    params: {"0": …, "1": …, …}.
+    """
     return tuple(
         (TextEncoder(config).apply({"params": params[str(index)]}, tokens, mask), mask)
         for index, config in enumerate(configs)

@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from streamdit_jax import distill, flops, flow, stream
+from streamdit_jax.compiled import encode_text
 from streamdit_jax.config import Config
 from streamdit_jax.models.dit import DiT
 from streamdit_jax.models.text import tokenize
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.sharding import constrain
 from streamdit_jax.stages import DistillationStage
-from streamdit_jax.training.flow_matching import encode_text, frozen, max_tokens, splice
+from streamdit_jax.training.flow_matching import frozen, max_tokens, splice
 from streamdit_jax.training.objective import Objective
 
 

@@ -13,24 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from streamdit_jax import flops, flow
+from streamdit_jax.compiled import encode_text
 from streamdit_jax.config import Config
 from streamdit_jax.models.dit import Axes, DiT
 from streamdit_jax.models.tae import TAE
 from streamdit_jax.models.text import TextConfig, TextEncoder, tokenize
-from streamdit_jax.models.text_cache import Text
 from streamdit_jax.partition import draw_levels
 from streamdit_jax.sharding import constrain
 from streamdit_jax.stages import FlowMatchingObjective
 from streamdit_jax.training.autoencoder import to_unit_range
 from streamdit_jax.training.objective import Batch, Objective
-
-
-def encode_text(configs: tuple[TextConfig, ...], params: dict[str, Any], tokens, mask) -> Text:
-    """Every encoder's sequence and mask for tokens [batch, S]: the `text` of a DiT. params: {"0": …, "1": …, …}."""
-    return tuple(
-        (TextEncoder(config).apply({"params": params[str(index)]}, tokens, mask), mask)
-        for index, config in enumerate(configs)
-    )
 
 
 def initial_text(configs: tuple[TextConfig, ...], key: jax.Array, batch: Batch) -> dict[str, Any]:
@@ -97,7 +89,8 @@ def _waves(frames: int, width: int) -> np.ndarray:
 
 def splice(key: jax.Array, latents: jax.Array, share: jax.Array | float) -> jax.Array:
     """Clips [b, F, …] as a change of prompt leaves them: of a share of the examples, the frames before a place that is
-    drawn uniformly from 1 … F − 1 are those of the example before it in the batch. The caption tells only the rest.
+    drawn uniformly from 1 … F − 1 are those of the example before it in the batch, of which there must be two at least.
+    The caption tells only the rest.
     """
     size, frames = latents.shape[:2]
     if frames == 1:

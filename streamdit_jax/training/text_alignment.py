@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from streamdit_jax.compiled import encode_text
 from streamdit_jax.config import Config
 from streamdit_jax.models.text_cache import Text
-from streamdit_jax.training.flow_matching import encode_text, initial_text
+from streamdit_jax.training.flow_matching import initial_text
 from streamdit_jax.training.objective import Objective
 
 

@@ -56,7 +56,7 @@ def test_captions_matter_unless_they_are_dropped(tiny, params):
         assert (values[0] == values[1]) == same
 
 
-def test_a_spliced_clip_begins_as_the_one_before_it(tiny, params):
+def test_a_spliced_clip_begins_as_the_one_before_it():
     """Each example is its own from its place on, and the one before it in the batch up to there; places cover all."""
     latents = jnp.arange(400.0).repeat(6).reshape(400, 6, 1, 1, 1)
     done = np.asarray(jax.jit(splice)(jax.random.key(0), latents, 0.5))[..., 0, 0, 0]
