@@ -179,7 +179,8 @@ spread = distributed.over_local_devices(np.arange(6.0))
 assert len(spread.sharding.device_set) == 2 and spread.is_fully_addressable and spread.sum() == 15
 assert len(distributed.over_local_devices(np.arange(3.0)).sharding.device_set) == 1
 report = [len(jax.devices()), gathered["cut"].tolist(), float(gathered["own"]), float(first["x"]), ports]
-print("said", json.dumps(report))
+print("said", json.dumps(report), flush=True)
+sys.stdin.read()  # JAX ends a process whose coordinator is gone: process 0 stays until the other has left
 distributed.leave(6 + cluster.process)
 """
 
@@ -198,6 +199,7 @@ def test_two_processes_find_each_other_on_loopback():
     started = [
         subprocess.Popen(
             [sys.executable, "-c", PROGRAM],
+            stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -206,10 +208,11 @@ def test_two_processes_find_each_other_on_loopback():
         for index in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=300) for process in started]
+        outputs = [process.communicate(timeout=300) for process in reversed(started)][::-1]
     finally:
         for process in started:
             process.kill()
+    assert [process.returncode for process in started] == [6, 7], outputs
     for index, (said, error) in enumerate(outputs):
         [line] = [line for line in said.splitlines() if line.startswith("said ")]  # gloo talks, too, before or after
         devices, cut, own, first, listening = json.loads(line.removeprefix("said "))
@@ -218,4 +221,3 @@ def test_two_processes_find_each_other_on_loopback():
             [place] = [place for place in listening if place.endswith(f":{port:04X}")]
             assert place.endswith(f"0100007F:{port:04X}")  # 127.0.0.1, or the same within IPv6
         assert f"process {index} of 2 (STREAMDIT_COORDINATOR), coordinator localhost:{port}" in error
-    assert [process.returncode for process in started] == [6, 7]
