@@ -3,6 +3,7 @@
 import argparse
 from collections.abc import Callable, Mapping
 
+FILLINGS = ("uniform", "ramp", "doubling")  # as `partition.FILLINGS`, which would bring JAX along
 DEFAULT_PROMPT = "a red car drives past green hills on a sunny day"
 
 
@@ -42,7 +43,7 @@ def make_parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
     stream.add_argument(
         "--strength", type=float, default=0.6, help="how far to leave them behind: 0 keeps them, 1 forgets them"
     )
-    stream.add_argument("--filling", choices=("uniform", "ramp"), help="how the buffer is filled")
+    stream.add_argument("--filling", choices=FILLINGS, help="how the buffer is filled")
     stream.add_argument("--sheet", metavar="FILE.png", help="also write a strip of frames")
     stream.add_argument("--quiet", action="store_true", help="no progress bar")
     sampling(stream)
@@ -89,7 +90,7 @@ def make_parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
         "--split", choices=("held_out", "seen", "both"), help="combinations that training never saw, or did see"
     )
     evaluate.add_argument("--batch", type=int, default=8, help="streams in one forward")
-    evaluate.add_argument("--filling", choices=("uniform", "ramp"), help="how buffers are filled")
+    evaluate.add_argument("--filling", choices=FILLINGS, help="how buffers are filled")
     evaluate.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet of the first ones")
     evaluate.add_argument(
         "--row",
@@ -107,7 +108,7 @@ def make_parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
     bench.add_argument("--precision", choices=("auto", "float32", "bfloat16", "bf16", "fp8"), default="auto")
     bench.add_argument("--scheme", help="partition scheme, such as N8c2s2; the configuration's own by default")
     bench.add_argument("--guidance", type=float, help="classifier-free guidance; 1 is none")
-    bench.add_argument("--filling", choices=("uniform", "ramp"), help="how the buffer is filled")
+    bench.add_argument("--filling", choices=FILLINGS, help="how the buffer is filled")
     bench.add_argument("--seconds", type=float, default=60.0, help="how long the loop runs end to end")
     bench.add_argument("--sessions", default="1,2,4", help="numbers of sessions in one batch")
     bench.add_argument("--compare", action="store_true", help="also time a PyTorch model of the same shape")
@@ -134,7 +135,7 @@ def make_parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
     serve = command("serve", "serve live streams, and a page to steer them by, until Ctrl-C")
     serve.add_argument("--model", default="roadtrip", help="a bundled model's name, or a directory that train wrote")
     serve.add_argument("--scheme", help="partition scheme, such as N8c2s2; the model's own by default")
-    serve.add_argument("--filling", choices=("uniform", "ramp"), help="how a stream's buffer is filled")
+    serve.add_argument("--filling", choices=FILLINGS, help="how a stream's buffer is filled")
     serve.add_argument("--host", default="127.0.0.1", help="where to listen; beyond this machine only with --token")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one; what it is, is printed")
     serve.add_argument("--token", help="what viewers must know; the environment's STREAMDIT_TOKEN otherwise")
@@ -145,7 +146,7 @@ def make_parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
     ahead = command("compile", "compile a model's programs before they are needed, as for a container image")
     ahead.add_argument("--model", default="roadtrip", help="a bundled model's name, or a directory that train wrote")
     ahead.add_argument("--scheme", help="partition scheme, such as N8c2s2; the model's own by default")
-    ahead.add_argument("--filling", choices=("uniform", "ramp"), help="how a stream's buffer is filled")
+    ahead.add_argument("--filling", choices=FILLINGS, help="how a stream's buffer is filled")
     ahead.add_argument("--sessions", type=int, default=1, help="for `streamdit serve --max-sessions` of that number")
     ahead.add_argument("--json", action="store_true", help="one JSON object on one line")
 

@@ -20,7 +20,7 @@ from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.dit import DiTConfig
 from streamdit_jax.models.tae import TAEConfig
 from streamdit_jax.models.text import TextConfig
-from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.partition import FILLINGS, PartitionScheme
 from streamdit_jax.stages import TrainingConfig, require
 
 
@@ -54,7 +54,9 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How the model streams unless told otherwise. filling: uniform | ramp (StreamDiT §8, fig. 13)."""
+    """How the model streams unless told otherwise. filling: uniform | ramp | doubling (StreamDiT §8, fig. 13;
+    `stream.filling_rows`).
+    """
 
     scheme: str
     guidance: float = 1.0
@@ -65,7 +67,7 @@ class SamplingConfig:
             PartitionScheme.parse(self.scheme)
         except ValueError as mistake:
             raise ValueError(f"scheme: {mistake}") from None
-        require(self.filling in ("uniform", "ramp"), f"filling: {self.filling!r} is not one of uniform, ramp")
+        require(self.filling in FILLINGS, f"filling: {self.filling!r} is not one of {', '.join(FILLINGS)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,11 +153,12 @@ class Config:
     def _check_mixture(self, field: str) -> None:
         stage, frames = self.training.flow_matching, self.dit.latent[0]
         lengths = {frames, *(bucket.latent[0] for bucket in stage.buckets.values())}
+        *shorter, longest = sorted(lengths)
+        known = f"{', '.join(map(str, shorter))} or {longest}" if shorter else f"{longest}"
         for scheme in stage.objective.mixture.schemes:
             require(
                 scheme.buffer_size in lengths,
-                f"{field}.objective.mixture.entries: {scheme} does not tile the buffer: it has {scheme.buffer_size} "
-                f"frames and dit.latent {frames}",
+                f"{field}.objective.mixture.entries: {scheme} does not tile a buffer of {known} frames",
             )
         for length in lengths:
             try:

@@ -10,13 +10,15 @@ grid:
 
 With N8c2s1 and r = 16 this is the paper's: 128 guided steps become 8. With N8c2s8 and r = 2 it is one round of
 progressive halving, 16 → 8, to be repeated with the student as the teacher. Reference frames do not move and are not
-scored. A model is known here only as `velocity(latents, text, levels)`.
+scored. A model is known here only as `velocity(latents, text, levels)`, with the mask of existing frames as a fourth
+argument where a buffer may ramp up.
 
-Inputs Y_0 are real clips noised to the levels that streaming visits; a share of them instead at one level for the
-whole buffer, so that the student can fill its own; and a share made by the student itself, streaming from there on, so
-that it learns to mend its own drift.
+Inputs Y_0 are real clips noised to the levels that streaming visits; a share of them instead to those of a filling,
+uniform, ramping up or doubling, so that the student can fill its own buffer; and a share made by the student itself,
+streaming from there on, so that it learns to mend its own drift.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -26,6 +28,7 @@ from jaxtyping import Array, Bool, Float
 
 from streamdit_jax import flow, stream
 from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.stream import filling_rows
 
 
 class Starts(NamedTuple):
@@ -33,12 +36,26 @@ class Starts(NamedTuple):
 
     streaming: [s, r + 1, B], the levels of the teacher's steps within each micro step of the student's scheme.
     uniform: [T, r + 1, B], the same for a buffer at one level, as in filling.
-    scored: [B], False for references.
+    ramp, doubling: [n, r + 1, B], the same for a buffer that ramps up, or doubles.
+    ramp_present, doubling_present: [n, B], the frames that exist while it does.
     """
 
     streaming: Float[np.ndarray, "s steps B"]
     uniform: Float[np.ndarray, "T steps B"]
-    scored: Bool[np.ndarray, "B"]
+    ramp: Float[np.ndarray, "n steps B"]
+    ramp_present: Bool[np.ndarray, "n B"]
+    doubling: Float[np.ndarray, "n steps B"]
+    doubling_present: Bool[np.ndarray, "n B"]
+
+
+class Drawn(NamedTuple):
+    """A start for each example: the levels of the teacher's steps, [b, r + 1, B]; the frames that exist, and those that
+    this step changes and that have a loss, [b, B].
+    """
+
+    levels: Float[Array, "b steps B"]
+    present: Bool[Array, "b B"]
+    scored: Bool[Array, "b B"]
 
 
 def starts(scheme: PartitionScheme, teacher_steps: int) -> Starts:
@@ -61,22 +78,51 @@ def starts(scheme: PartitionScheme, teacher_steps: int) -> Starts:
         first = np.arange(0, len(levels) - 1, teacher_steps)[:, None]
         return levels[first + np.arange(teacher_steps + 1)]
 
-    chunks = scheme.chunk_ids() >= 0
+    chunks, none = scheme.chunk_ids() >= 0, np.zeros((0, teacher_steps + 1, scheme.buffer_size), np.float32)
     uniform = np.where(chunks, finer.grid()[:, None], np.float32(1))
-    return Starts(windows(finer.step_levels()), windows(uniform), chunks)
+    stages = [windows(finer.ramp_levels(present)) for present in range(1, scheme.num_chunks)]
+    youngest = np.repeat(np.arange(scheme.num_chunks - 1), scheme.micro_steps)[:, None]
+    exist = chunks & (scheme.chunk_ids() <= youngest)  # a ramp-up begins without references
+    rows, blocks = filling_rows(scheme, "doubling"), scheme.doubling_blocks()
+    # Frames that exist: up to the block that a row's `enter` names. The last block is not denoised to its end.
+    present = np.array([blocks <= blocks[enter].max() for enter in rows.enter], bool).reshape(-1, scheme.buffer_size)
+    doubling = [windows(finer.doubling_levels(block)) for block in range(blocks.max() + 1)]
+    return Starts(
+        windows(finer.step_levels()),
+        windows(uniform),
+        np.concatenate([none, *stages]),
+        exist,
+        np.concatenate([none, *doubling])[: len(present)],
+        present,
+    )
 
 
-def draw_starts(key: Array, start: Starts, batch_size: int, uniform_share: float) -> Float[Array, "b steps B"]:
-    """The teacher's levels for each example: a micro step of streaming or, for a share, of filling; evenly drawn."""
+def draw_starts(key: Array, start: Starts, batch_size: int, shares: Mapping[str, float | Array]) -> Drawn:
+    """A start for each example: a micro step of streaming or, for a share each, of a filling; evenly drawn. shares: of
+    some of `FILLINGS`; a filling that takes no steps has none.
+    """
 
     def one(row):
         share_key, place_key = jax.random.split(jax.random.fold_in(key, row))
-        place = jax.random.uniform(place_key)
-        streaming, uniform = (
-            jnp.asarray(levels)[jnp.minimum((place * len(levels)).astype(int), len(levels) - 1)]
-            for levels in (start.streaming, start.uniform)
-        )
-        return jnp.where(jax.random.uniform(share_key) < uniform_share, uniform, streaming)
+        share, place = jax.random.uniform(share_key), jax.random.uniform(place_key)
+
+        def pick(bank):
+            return jnp.asarray(bank)[jnp.minimum((place * len(bank)).astype(int), len(bank) - 1)]
+
+        everything = np.ones(start.streaming.shape[-1], bool)[None]
+        levels, present, below = pick(start.streaming), everything[0], 0.0
+        for filling, bank, exist in (
+            ("uniform", start.uniform, everything),
+            ("ramp", start.ramp, start.ramp_present),
+            ("doubling", start.doubling, start.doubling_present),
+        ):
+            above = below + shares.get(filling, 0.0)
+            if len(bank):
+                chosen = (share >= below) & (share < above)
+                levels = jnp.where(chosen, pick(bank), levels)
+                present = jnp.where(chosen, pick(exist), present)
+            below = above
+        return Drawn(levels, present, present & (levels[-1] > levels[0]))
 
     return jax.vmap(one)(jnp.arange(batch_size))
 
@@ -97,15 +143,17 @@ def segment_target(
     latents: Float[Array, "b f h w c"],
     levels: Float[Array, "b steps f"],
     condition: stream.Condition,
+    present: Bool[Array, "b f"] | None = None,
 ) -> Float[Array, "b f h w c"]:
     """v̄ of the teacher's r guided steps from `latents` along `levels` [b, r + 1, f] (§4.2); 0 where nothing moves.
+    present: the frames that exist, where the model is to know.
 
     One `lax.scan`: the teacher is compiled once, whatever r. No gradient flows through it.
     """
 
     def advance(carry, pair):
         buffer, moved = carry
-        velocity = stream.guided_velocity(teacher, buffer, pair[0], condition, None)
+        velocity = stream.guided_velocity(teacher, buffer, pair[0], condition, present)
         return (flow.euler_step(buffer, velocity, pair[0], pair[1]), moved + _moved(velocity, pair[0], pair[1])), None
 
     path = jnp.moveaxis(levels, 1, 0)
@@ -121,14 +169,16 @@ def consistency_target(
     levels: Float[Array, "b steps f"],
     place: Array,
     condition: stream.Condition,
+    present: Bool[Array, "b f"] | None = None,
 ) -> Float[Array, "b f h w c"]:
     """The average velocity from the `place`-th of the teacher's points, [b] in 0 … r − 1, to the segment's end: one
     guided teacher step, then the student's own (multistep consistency, 2403.06807). No gradient flows through it.
     """
     rows = jnp.arange(len(latents))
     now, after, end = levels[rows, place], levels[rows, place + 1], levels[:, -1]
-    guided = stream.guided_velocity(teacher, latents, now, condition, None)
-    rest = student(flow.euler_step(latents, guided, now, after), condition.text, after)
+    guided = stream.guided_velocity(teacher, latents, now, condition, present)
+    mask = () if present is None else (present,)
+    rest = student(flow.euler_step(latents, guided, now, after), condition.text, after, *mask)
     return _average(_moved(guided, now, after) + _moved(rest, after, end), now, end)
 
 

@@ -239,7 +239,7 @@ class Stream(Iterator[np.ndarray]):
     @property
     def masked(self) -> bool:
         """Whether the model has to be told which frames exist."""
-        return self.table.filling == "ramp"
+        return streaming.is_masked(self.table.filling)
 
     # ---- at rest ----
 

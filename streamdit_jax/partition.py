@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+FILLINGS = ("uniform", "ramp", "doubling")  # the ways to fill a buffer; `stream.filling_rows`
 _SPELLING = re.compile(r"(?:K(\d+))?N(\d+)c(\d+)s(\d+)(?:p(\d+(?:\.\d+)?))?")
 
 
@@ -103,6 +104,17 @@ class PartitionScheme:
         ids, steps = self.chunk_ids(), np.arange(self.micro_steps + 1)[:, None]
         index = np.where(ids < present, (present - 1 - ids) * self.micro_steps + steps, 0)
         return self.grid()[np.where(ids < 0, self.total_steps, index)]
+
+    def doubling_blocks(self) -> Int[np.ndarray, "B"]:
+        """The block that each frame belongs to where a buffer doubles, of 1, 1, 2, 4, 8, … frames, int32."""
+        return np.array([frame.bit_length() for frame in range(self.buffer_size)], np.int32)
+
+    def doubling_levels(self, block: int) -> Float[np.ndarray, "T+1 B"]:
+        """The levels of a stage of doubling: the frames of `block` go from noise to clean, those before it are clean,
+        those after it are absent, and reported at 0.
+        """
+        blocks = self.doubling_blocks()
+        return np.where(blocks == block, self.grid()[:, None], (blocks < block).astype(np.float32))
 
     def segment_bounds(self) -> Float[np.ndarray, "B 2"]:
         """The range of flow time from which each frame's training level is drawn (eq. 8, 9); [1, 1] for references."""

@@ -196,7 +196,7 @@ class Pipeline:
             if scheme.num_references:
                 stream.unshown = source.latents[:, : scheme.num_references]
         elif given["video"]:
-            source = first_source(video, scheme, frame, strength, references=filling == "uniform")
+            source = first_source(video, scheme, frame, strength, references=filling != "ramp")
             stream.encoder, stream.frames_read = video.state, video.frames_read
         shape = PartitionScheme(scheme.num_references, scheme.num_chunks, scheme.chunk_size, 1)
         if (shape, filling) not in self._starts:

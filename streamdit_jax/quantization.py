@@ -96,7 +96,7 @@ def forwards(pipeline: Pipeline, prompt: str, seed: int, chunks: int):
     fill, flow = streaming.filling_rows(scheme, sampling.filling), streaming.streaming_rows(scheme)
     rows = [streaming.row_at(fill, index) for index in range(len(fill.adopt))]
     rows += [streaming.row_at(flow, index) for index in range(scheme.micro_steps)] * chunks
-    step = pipeline.step(scheme, masked=sampling.filling == "ramp")
+    step = pipeline.step(scheme, masked=streaming.is_masked(sampling.filling))
     for row in rows:
         before, (state, front) = state, step(jax.tree.map(jnp.copy, state), row, condition)  # a step takes its state
         yield before, row, condition, front

@@ -27,6 +27,7 @@ from streamdit_jax.config import Config
 from streamdit_jax.models.dit import DiTConfig
 from streamdit_jax.models.tae import TAEConfig
 from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.steering import Timetable
 
 SIZES = {"float32": 4, "bfloat16": 2, "fp8": 2}  # bytes of a number between kernels; fp8 is for products alone
 
@@ -262,8 +263,8 @@ def streaming(config: Config, rates: Rates, precision: str = "bfloat16") -> dict
     for the first frame.
 
     Forward and decoder share one device, so a chunk takes the time of its s forwards and of its decoding; while they
-    overlap neither runs faster. The first frame waits for N·s forwards, by either filling: so many steps lie between
-    noise and a clean chunk. The decoder computes in the transformer's type, fp8 being bfloat16 for it.
+    overlap neither runs faster. The first frame waits for the forwards of the filling and of a chunk. The decoder
+    computes in the transformer's type, fp8 being bfloat16 for it.
     """
     decoding = "float32" if precision == "float32" else "bfloat16"
     scheme, guided = PartitionScheme.parse(config.sampling.scheme), config.sampling.guidance != 1
@@ -271,6 +272,7 @@ def streaming(config: Config, rates: Rates, precision: str = "bfloat16") -> dict
     of_forward = bound(forward(config.dit, flops.text_tokens(config), precision, 1 + guided), rates)
     of_decoder = bound(decoder(config.tae, chunk, decoding), rates)
     frames = scheme.chunk_size * config.tae.compression[0]
+    until_frames = Timetable(scheme, config.sampling.filling, config.tae.compression[0]).steps_until_frames(0)
     denoising = scheme.micro_steps * of_forward["ms"]
     return {
         "scheme": str(scheme),
@@ -282,7 +284,7 @@ def streaming(config: Config, rates: Rates, precision: str = "bfloat16") -> dict
         "forwards_per_chunk": scheme.micro_steps,
         "denoise_fps": round(1e3 * frames / denoising, 2),
         "end_to_end_fps": round(1e3 * frames / (denoising + of_decoder["ms"]), 2),
-        "first_frame_ms": round(scheme.total_steps * of_forward["ms"] + of_decoder["ms"], 1),
+        "first_frame_ms": round(until_frames * of_forward["ms"] + of_decoder["ms"], 1),
         "decoder_share": round(of_decoder["ms"] / (denoising + of_decoder["ms"]), 4),
         "forward": of_forward,
         "decoder": of_decoder,

@@ -7,7 +7,7 @@ begins with the field's name.
 import dataclasses
 
 from streamdit_jax import partition
-from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.partition import FILLINGS, PartitionScheme
 
 MAIN = "main"  # the bucket of a stage's own shape
 
@@ -199,6 +199,15 @@ class StageConfig:
         return {}
 
 
+def _require_company(field: str, share: float, examples: int) -> None:
+    """ValueError where clips that begin as another one have no other one beside them."""
+    require(
+        share == 0 or examples > 1,
+        f"{field}: {share} of the clips begin as another clip of the same part of a batch, which has only one; use a "
+        "larger batch_size, a smaller accumulate, or 0",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoencoderStage(StageConfig):
     """importance_power: a finished channel's scale is (what one deviation of it changes in the picture)^power; 0 gives
@@ -214,9 +223,21 @@ class AutoencoderStage(StageConfig):
         require(0 <= self.importance_power <= 1, f"importance_power: from 0 to 1, not {self.importance_power}")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class TextAlignmentStage(StageConfig):
-    """Text encoders alone, so that a DiT finds something to read; see `training.text_alignment`."""
+    """Text encoders alone, so that a DiT finds something to read; see `training.text_alignment`.
+
+    start_from: a model, bundled or a directory, whose text encoders learn on; "" for fresh ones.
+    keep: how much they hold on to the encodings that they had there, which a DiT may already read.
+    """
+
+    start_from: str = ""
+    keep: float = 0.0
+
+    def __post_init__(self):
+        super().__post_init__()
+        require(self.keep >= 0, f"keep: must not be negative, not {self.keep}")
+        require(self.keep == 0 or bool(self.start_from), "keep: there is nothing to hold on to; give start_from")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -262,6 +283,8 @@ class FlowMatchingStage(StageConfig):
                 bucket.batch_size % self.accumulate == 0,
                 f"buckets.{name}.batch_size: accumulate = {self.accumulate} does not divide {bucket.batch_size}",
             )
+        sizes = [self.batch_size, *(bucket.batch_size for bucket in self.buckets.values() if bucket.latent[0] > 1)]
+        _require_company("objective.switch_share", self.objective.switch_share, min(sizes) // self.accumulate)
         shares = sum(bucket.share for bucket in self.buckets.values())
         require(shares < 1, f"buckets: their shares make {shares:g}; the stage's own shape needs some of the steps")
 
@@ -289,8 +312,9 @@ class DistillationStage(StageConfig):
     teacher: a model, bundled or a directory, or "" for what this run has trained so far; the student starts as it and
         shares its text encoders.
     scheme: the student's, such as N8c2s1. teacher_steps: steps of the teacher for each of the student's.
-    guidance: the teacher's. method: segment | consistency. uniform_share, rollout_share: shares of the inputs that are
-        buffers at one level, and states of the student's own streaming after up to `rollout_chunks` chunks.
+    guidance: the teacher's. method: segment | consistency. rollout_share: share of the inputs that are states of the
+        student's own streaming after up to `rollout_chunks` chunks. uniform_share, ramp_share, doubling_share: shares
+        of the others that are buffers at one level, buffers that ramp up, and buffers that double (`stream`).
     switch_share: as in flow matching.
     """
 
@@ -300,6 +324,8 @@ class DistillationStage(StageConfig):
     teacher: str = ""
     method: str = "segment"
     uniform_share: float = 0.25
+    ramp_share: float = 0.0
+    doubling_share: float = 0.0
     rollout_share: float = 0.25
     rollout_chunks: int = 4
     switch_share: float = 0.0
@@ -307,14 +333,29 @@ class DistillationStage(StageConfig):
     def __post_init__(self):
         super().__post_init__()
         try:
-            PartitionScheme.parse(self.scheme)
+            scheme = PartitionScheme.parse(self.scheme)
         except ValueError as mistake:
             raise ValueError(f"scheme: {mistake}") from None
         require(self.method in ("segment", "consistency"), f"method: {self.method!r} is not segment or consistency")
         for field in ("teacher_steps", "rollout_chunks"):
             require(getattr(self, field) >= 1, f"{field}: must be at least 1, not {getattr(self, field)}")
-        for field in ("uniform_share", "rollout_share", "switch_share"):
+        for field in ("uniform_share", "ramp_share", "doubling_share", "rollout_share", "switch_share"):
             require(0 <= getattr(self, field) <= 1, f"{field}: lies between 0 and 1, not at {getattr(self, field)}")
+        filling = sum(self.filling_shares().values())
+        require(
+            filling <= 1,
+            f"ramp_share: with uniform_share and doubling_share it makes {filling:g} of the inputs; at most 1",
+        )
+        for field in ("ramp_share", "doubling_share"):
+            require(
+                getattr(self, field) == 0 or scheme.num_chunks > 1,
+                f"{field}: {self.scheme} is one chunk, which is noise when a stream begins; set it to 0",
+            )
+        _require_company("switch_share", self.switch_share, self.batch_size // self.accumulate)
+
+    def filling_shares(self) -> dict[str, float]:
+        """Of the inputs that the student did not make itself, by filling; the rest is at the levels of streaming."""
+        return {filling: getattr(self, f"{filling}_share") for filling in FILLINGS}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,6 +55,13 @@ class Timetable:
         self.fill_steps = len(self._fill.adopt)
         self._makes_references = bool(self._fill.adopt.any()) and scheme.num_references > 0
         self._makes_references &= not self.given_references
+        # Of each frame that filling leaves behind: the micro step from which it is there, and its own first one. The
+        # last chunk stays pure noise until the micro steps that follow.
+        enters = np.concatenate([self._fill.enter, np.ones((1, scheme.buffer_size), bool)])
+        last = scheme.chunk_ids() == scheme.num_chunks - 1
+        there = np.where(streaming.is_masked(filling), np.argmax(enters, axis=0), 0)
+        self._there = np.where((scheme.chunk_ids() < 0) & self.given_references, 0, there)
+        self._first = np.where(last, self.fill_steps, self._there)
 
     def place(self, step: int) -> int:
         """The first micro step that applies the same row: after filling, rows repeat."""
@@ -89,30 +96,36 @@ class Timetable:
 
     def first_steps(self, step: int) -> Int[np.ndarray, "B"]:
         """The first micro step of each frame of the buffer as it stands before `step`."""
+        return self._steps_of(self.shifts(step) * self.scheme.chunk_size + np.arange(self.scheme.buffer_size))[1]
+
+    def _steps_of(self, frames: Int[np.ndarray, "n"]) -> tuple[Int[np.ndarray, "n"], Int[np.ndarray, "n"]]:
+        """Of frames, numbered from the first of the first buffer: the micro step from which each is there, and its own
+        first one.
+        """
         scheme = self.scheme
-        place = np.arange(scheme.buffer_size) - scheme.num_references
-        chunk = (self.shifts(step) * scheme.chunk_size + place) // scheme.chunk_size
+        chunk = (frames - scheme.num_references) // scheme.chunk_size
         entered = self.fill_steps + (chunk - scheme.num_chunks + 1) * scheme.micro_steps
-        # A uniform filling denoises all chunks together, but keeps the last as it was: pure noise.
-        together = (self.filling == "uniform") & (chunk < scheme.num_chunks - 1)
-        return np.maximum(np.where(together, 0, entered), 0)
+        of_filling = np.minimum(frames, scheme.buffer_size - 1)
+        filled = frames < scheme.buffer_size
+        return np.where(filled, self._there[of_filling], entered), np.where(filled, self._first[of_filling], entered)
 
     def receipt(self, step: int, over: int, *, per_chunk: bool = False) -> Receipt:
         """What a change before micro step `step`, interpolated over so many chunks, touches."""
         scheme = self.scheme
-        K, N, c, s = scheme.num_references, scheme.num_chunks, scheme.chunk_size, scheme.micro_steps
-        complete = step + max(0, over * s - 1)  # the first step that knows the new prompt alone
-        uniform = self.filling == "uniform"
-        if complete == 0:
-            enters, latents = 0, K if self.given_references else 0
-        else:
-            chunk = max(N - 1 - (self.fill_steps - complete) // s, N - 1 if uniform else 0)
-            # The last chunk of a uniform filling is there, to be attended to, before its own first step.
-            enters = step if uniform and chunk == N - 1 else self.fill_steps + (chunk - N + 1) * s
-            latents = (K if self.given_references or self._makes_references else 0) + chunk * c
+        complete = step + max(0, over * scheme.micro_steps - 1)  # the first step that knows the new prompt alone
+        shows_references = self.given_references or self._makes_references
+        hidden = 0 if shows_references else scheme.num_references
+        shifts = 1 + max(0, complete - self.fill_steps) // scheme.micro_steps
+        frames = np.arange(shifts * scheme.chunk_size + scheme.buffer_size)
+        there, first = self._steps_of(frames)
+        counts = (frames >= hidden) & ~((frames < scheme.num_references) & self.given_references) & (first >= complete)
+        frame = int(np.argmax(counts))
         # A chunk that keeps its own prompt still attends to its neighbours, and they to it.
-        touched = self.frames_shown(enters if per_chunk else step)
-        return Receipt(step, touched, self.latent_frames * latents)
+        touched = self.frames_shown(max(step, there[frame]) if per_chunk else step)
+        if self._makes_references and not per_chunk:  # some may be clean before others are begun
+            clean = self._there[: scheme.num_references] + scheme.total_steps <= step
+            touched = max(touched, self.latent_frames * int(clean.sum()))
+        return Receipt(step, touched, self.latent_frames * (frame - hidden))
 
 
 @jax.jit

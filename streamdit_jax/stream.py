@@ -9,7 +9,8 @@ A stream is a pure state and rows of levels that are applied to it, one forward 
 
 Filling (fig. 13) is rows too, so that it runs through the same compiled step: `uniform` denoises all B frames
 together and keeps, for each place of the buffer, the snapshot at that place's level; `ramp` starts from one noise
-chunk and lets the others enter one by one.
+chunk and lets the others enter one by one; `doubling`, which is not the paper's, makes one frame clean, then the next
+given the first, then two given two, four given four, and keeps snapshots as `uniform` does.
 
 A batch is independent streams: each has its own row, so that one may fill while another shifts and a third is idle.
 The noise of chunk i is drawn from fold_in(key, i): a stream is the same however it is cut, resumed or batched.
@@ -18,7 +19,7 @@ Video to video (SDEdit, §5.4): a frame that enters with an input x_in of its ow
 noise ε to x_in, whose velocity x_in − (1 − σ)·ε is constant, while its level is below `hold_until`; then it runs free.
 
 A model is known here only as `velocity(latents, text, levels)`, with the mask of existing frames as a fourth argument
-while a buffer ramps up.
+while a buffer ramps up or doubles.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from streamdit_jax import flow
-from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.partition import FILLINGS, PartitionScheme
 
 Velocity = Callable[..., Float[Array, "b f h w c"]]
 REFERENCE_NOISE = np.uint32(0xFFFFFFFF)  # the "chunk" whose noise fills the places of references before there are any
@@ -127,12 +128,31 @@ def streaming_rows(scheme: PartitionScheme) -> Row:
 
 
 def filling_rows(scheme: PartitionScheme, filling: str = "uniform", *, given_references: bool = False) -> Row:
-    """The rows that fill a buffer from noise (§8, fig. 13): "uniform" or "ramp". ValueError otherwise.
+    """The rows that fill a buffer from noise (§8, fig. 13): "uniform", "ramp" or "doubling". ValueError otherwise.
 
     Uniform takes (N − 1)·s forwards, and T = N·s where there are references for it to make. Ramp takes (N − 1)·s.
+    Doubling takes T for each of about log2(B) blocks, and fewer for the last.
     given_references: the references are clean from the start (`initial_state`), and no one has to make them.
     """
     chunk, size = scheme.chunk_ids(), scheme.buffer_size
+    if filling == "doubling":
+        # The step of a block after which a frame is as clean as its place in the buffer asks.
+        place = np.where(chunk < 0, scheme.total_steps, (scheme.num_chunks - 1 - chunk) * scheme.micro_steps)
+        blocks = np.where((chunk < 0) & given_references, -1, scheme.doubling_blocks())
+        wanted = sorted(set(blocks[(place > 0) & (blocks >= 0)]))
+        lengths = [scheme.total_steps for _ in wanted[:-1]] + [place[blocks == last].max() for last in wanted[-1:]]
+        row_block = np.repeat(np.array(wanted, np.int32), lengths)[:, None]
+        reached = np.concatenate([np.zeros((0, 1), int), *(np.arange(1, length + 1)[:, None] for length in lengths)])
+        levels = [scheme.doubling_levels(block) for block in wanted]
+        pairs = [np.stack([of[:length], of[1 : length + 1]], axis=1) for of, length in zip(levels, lengths)]
+        levels = np.concatenate([np.zeros((0, 2, size), np.float32), *pairs])
+        return Row(
+            levels=np.where(blocks < 0, np.float32(1), levels),
+            enter=row_block == blocks,
+            keep=(row_block == blocks) & (reached == place),
+            adopt=np.arange(len(levels)) == len(levels) - 1,
+            advance=np.zeros(len(levels), bool),
+        )
     if filling == "uniform":
         makes_references = scheme.num_references > 0 and not given_references
         steps = scheme.total_steps if makes_references else scheme.total_steps - scheme.micro_steps
@@ -161,7 +181,12 @@ def filling_rows(scheme: PartitionScheme, filling: str = "uniform", *, given_ref
             adopt=np.zeros(steps, bool),
             advance=np.zeros(steps, bool),
         )
-    raise ValueError(f"filling: {filling!r} is not one of uniform, ramp")
+    raise ValueError(f"filling: {filling!r} is not one of {', '.join(FILLINGS)}")
+
+
+def is_masked(filling: str) -> bool:
+    """Whether the model must be told which frames exist, in streams whose buffer is filled so."""
+    return filling != "uniform"
 
 
 def chunk_noise(keys: Array, chunk: Int[Array, "*#b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
@@ -190,7 +215,7 @@ def initial_state(
     K = scheme.num_references
     chunks = [chunk_noise(keys, jnp.uint32(i), (scheme.chunk_size, *frame)) for i in range(scheme.num_chunks)]
     buffer = jnp.concatenate([chunk_noise(keys, REFERENCE_NOISE, (K, *frame)), *chunks], axis=1)
-    present = jnp.full(buffer.shape[:2], filling == "uniform")
+    present = jnp.full(buffer.shape[:2], not is_masked(filling))
     if source is None:
         source = Source(jnp.zeros_like(buffer), jnp.zeros(buffer.shape[:2]))
     path = flow.velocity_target(source.latents, buffer)
@@ -247,7 +272,7 @@ def step(
     Of `scheme` only K and c are read; levels come from `row`, so schedules and micro steps are data. row: one for all
     streams, or with a leading axis one for each (`stack_rows`); an idle one leaves its stream bit for bit as it is.
     source: the input of the frames that enter with this row's advance; None for none. masked: give the model the mask
-    of existing frames; needed until a ramp-up, references included, is complete.
+    of existing frames; needed until all of them, references included, exist.
 
     Returns the state, and the frames [batch, c, …] at the place of chunk 0, which are clean when `row.advance`.
     """
@@ -287,8 +312,8 @@ def sample(
 ) -> Float[Array, "b frames h w c"]:
     """Offline sampling: filling and `num_chunks` emissions as one `lax.scan`, so that it compiles one forward (§3.1).
 
-    Returns clean latents [batch, K + num_chunks·c, height, width, channels]; the K come from a uniform filling, and a
-    ramp-up has none.
+    Returns clean latents [batch, K + num_chunks·c, height, width, channels]; the K are made by filling, and a ramp-up
+    has none.
     """
     K, c = scheme.num_references, scheme.chunk_size
     fill = filling_rows(scheme, filling)
@@ -297,8 +322,8 @@ def sample(
         fill,
         streaming_rows(scheme),
     )
-    masked = filling == "ramp"
-    made = K if filling == "uniform" else 0
+    masked = is_masked(filling)
+    made = 0 if filling == "ramp" else K
     state = initial_state(keys, scheme, frame, filling)
     output = jnp.zeros((len(keys), made + num_chunks * c, *frame), jnp.float32)
 

@@ -79,8 +79,8 @@ def test_the_4b_model_has_its_parameters():
         (["--config.sampling.scheme=8x2"], "sampling.scheme"),
         (["--config.sampling.filling=magic"], "sampling.filling"),
         (
-            ["--config.training.flow_matching.objective.mixture.entries=(('N8c2s1',1.0),('N8c1s1',1.0))"],
-            "training.flow_matching.objective.mixture.entries: N8c1s1 does not tile the buffer: it has 8 frames",
+            ["--config.training.flow_matching.objective.mixture.entries=(('N8c2s1',1.0),('N7c1s1',1.0))"],
+            "training.flow_matching.objective.mixture.entries: N7c1s1 does not tile a buffer of 1, 2, 4, 8 or 16 frames",
         ),
         (["--config.training.flow_matching.num_frames=8"], "training.flow_matching.num_frames"),
         (["--config.training.flow_matching.num_frames=0"], "training.flow_matching.num_frames: must be at least 1"),
@@ -94,7 +94,13 @@ def test_the_4b_model_has_its_parameters():
         ([DISTILL, "--config.training.distillation.teacher="], "training.distillation.teacher: names no model"),
         ([DISTILL, "--config.training.distillation.teacher_steps=0"], "training.distillation.teacher_steps"),
         ([DISTILL, "--config.training.distillation.rollout_share=1.5"], "training.distillation.rollout_share"),
+        ([DISTILL, "--config.training.distillation.batch_size=1"], "training.distillation.switch_share: 0.5 of the"),
+        (
+            ["--config.training.flow_matching.accumulate=8"],
+            "training.flow_matching.objective.switch_share: 0.25 of the",
+        ),
         (["--config.training.flow_matching.start_from="], "training.flow_matching.train_text: False leaves"),
+        ([IMAGE, "--config.training.text_alignment.keep=0.5"], "training.text_alignment.keep: there is nothing"),
         ([BASE, "--config.training.flow_matching.text_from="], "training.flow_matching.train_text: False leaves"),
         (
             [BASE, "--config.training.flow_matching.buckets.images.latent=(1,48,64)"],

@@ -59,7 +59,6 @@ def test_starts_are_the_levels_of_the_sampler(scheme, steps):
     taught = {(levels[0, -1], levels[-1, -1]) for levels in start.uniform}
     assert taken <= taught
     assert np.all(np.diff(start.streaming[..., chunks], axis=1) > 0) and np.all(start.streaming[..., ~chunks] == 1)
-    np.testing.assert_array_equal(start.scored, chunks)
 
 
 def test_one_teacher_step_is_its_guided_velocity():
@@ -140,12 +139,37 @@ def test_a_rollout_is_streaming(spelling):
 
 def test_shares_of_starts():
     start = distill.starts(PartitionScheme.parse("N4c2s2"), 2)
-    for share, uniform in ((0.0, False), (1.0, True)):
-        levels = np.asarray(distill.draw_starts(jax.random.key(0), start, 64, share))
-        assert np.all((levels == levels[..., :1]).all(-1) == uniform)
-        bank = start.uniform if uniform else start.streaming
-        drawn = {levels[i].tobytes() for i in range(64)}
-        assert drawn == {bank[i].tobytes() for i in range(len(bank))}  # all of them, and nothing else
+    for shares, bank in (
+        ({}, "streaming"),
+        ({"uniform": 1}, "uniform"),
+        ({"ramp": 1}, "ramp"),
+        ({"doubling": 1}, "doubling"),
+    ):
+        levels, present, scored = map(np.asarray, distill.draw_starts(jax.random.key(0), start, 256, shares))
+        drawn = {levels[i].tobytes() for i in range(256)}
+        assert drawn == {rows.tobytes() for rows in getattr(start, bank)}  # all of them, and nothing else
+        assert present.all() == (bank not in ("ramp", "doubling"))
+        assert np.array_equal(scored, present & (levels[:, 0] < levels[:, -1]))
+    shares = {"uniform": 0.3, "ramp": 0.3, "doubling": 0.2}
+    levels, present, _ = map(np.asarray, distill.draw_starts(jax.random.key(0), start, 900, shares))
+    assert abs((levels == levels[..., :1]).all((1, 2)).mean() - 0.3) < 0.05
+    assert (
+        abs((levels[:, 0, 0] == 1).mean() - 0.2 * 18 / 26) < 0.04
+    )  # after the first of its blocks of 8, 8, 8 and 2 steps
+
+
+@pytest.mark.parametrize("spelling", ["N4c2s2", "K2N3c2s1p2", "N1c8s2"])
+@pytest.mark.parametrize("filling", ["ramp", "doubling"])
+def test_a_filling_is_taught_as_it_is_taken(spelling, filling):
+    """Levels and frames that exist are those of the rows by which a buffer fills."""
+    scheme = PartitionScheme.parse(spelling)
+    start, rows = distill.starts(scheme, 3), stream.filling_rows(scheme, filling)
+    bank, present = getattr(start, filling), getattr(start, f"{filling}_present")
+    np.testing.assert_array_equal(present, np.logical_or.accumulate(rows.enter, axis=0))
+    np.testing.assert_array_equal(bank[:, 0], rows.levels[:, 0])
+    np.testing.assert_array_equal(bank[:, -1], rows.levels[:, 1])
+    drawn = distill.draw_starts(jax.random.key(0), start, 3, {filling: 1.0})
+    assert np.all(drawn.present) == (scheme.num_chunks == 1)
 
 
 def test_teacher_steps_below_one_are_refused():

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+import streamdit_jax
+
+YNNPACK = "--xla_cpu_experimental_ynn_fusion_type"
 ROOT = Path(__file__).parents[1] / "streamdit_jax"
 
 # Floors from the ground; a file may import from its own floor or from below, and none imports cli.
@@ -129,6 +132,21 @@ def test_importing_and_streaming_load_no_training_libraries(tiny_model):
         "print([name for name in heavy if name in sys.modules])"
     )
     assert loaded == "[]"
+
+
+@pytest.mark.parametrize(
+    "flags, jaxlib, cpu, expected",
+    [
+        ("", "0.10.2", "flags : avx avx2", f"{YNNPACK}="),
+        ("--xla_a=1", "0.10.2", "flags : avx2", f"--xla_a=1 {YNNPACK}="),
+        (f"{YNNPACK}=dot", "0.10.2", "flags : avx2", f"{YNNPACK}=dot"),
+        ("--xla_a=1", "0.10.2", "flags : avx2 avx512f", "--xla_a=1"),
+        ("--xla_a=1", "0.10.2", "Features : asimd", "--xla_a=1"),
+        ("--xla_a=1", "0.12.0", "flags : avx2", "--xla_a=1"),
+    ],
+)
+def test_ynnpack_is_left_out_only_where_it_crashes(flags, jaxlib, cpu, expected):
+    assert streamdit_jax._without_ynnpack(flags, jaxlib, cpu) == expected
 
 
 @pytest.mark.slow

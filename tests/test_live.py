@@ -335,7 +335,9 @@ def test_engines_that_cannot_be(pipeline):
             Engine(pipeline, **options)
 
 
-@pytest.mark.parametrize("how", [{"scheme": "K2N3c2s2", "per_chunk_prompts": True}, {"filling": "ramp"}])
+@pytest.mark.parametrize(
+    "how", [{"scheme": "K2N3c2s2", "per_chunk_prompts": True}, {"filling": "ramp"}, {"filling": "doubling"}]
+)
 def test_every_kind_of_stream_goes_live(pipeline, how):
     image = np.full((16, 16, 3), 80, np.uint8)
     with Engine(pipeline, slots=2, **how) as engine:

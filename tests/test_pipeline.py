@@ -17,6 +17,7 @@ from streamdit_jax import weight_files, weights
 from streamdit_jax.data import roadtrip
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
 from streamdit_jax.models.dit import DiT
+from streamdit_jax.partition import FILLINGS
 from streamdit_jax.pipeline import Pipeline
 from streamdit_jax.snapshot import Snapshot
 
@@ -54,11 +55,11 @@ def test_a_stream_equals_offline_sampling_and_whole_decoding(pipeline):
 
 
 @pytest.mark.parametrize("scheme", ["N4c2s2", "K2N3c2s2", "K4N1c4s3", "N8c1s1", "N1c8s4"])
-@pytest.mark.parametrize("filling", ["uniform", "ramp"])
+@pytest.mark.parametrize("filling", FILLINGS)
 def test_every_scheme_streams(pipeline, scheme, filling):
     stream = pipeline.stream("a bus", scheme=scheme, filling=filling)
     parsed = stream.scheme
-    if parsed.num_references and filling == "uniform":
+    if parsed.num_references and filling != "ramp":
         assert len(next(stream)) == 4 * parsed.num_references
     before = stream.forwards_until_frames
     assert len(next(stream)) == 4 * parsed.chunk_size and before >= 1
@@ -232,7 +233,7 @@ def test_a_video_at_strength_zero_is_what_its_latents_decode_to(pipeline):
     assert np.array_equal(take(free, 3), take(pipeline.stream("a red car"), 3)), "strength 1 leaves nothing of it"
 
 
-@pytest.mark.parametrize("scheme, filling", [("N4c2s2", "uniform"), ("K2N3c2s2", "ramp"), ("K2N3c2s2", "uniform")])
+@pytest.mark.parametrize("scheme, filling", [("N4c2s2", "uniform"), ("K2N3c2s2", "ramp"), ("K2N3c2s2", "doubling")])
 def test_a_video_steers_replays_and_resumes(pipeline, scheme, filling):
     rng = np.random.default_rng(1)
     video = np.repeat(rng.integers(0, 255, (1, 16, 16, 3), np.uint8), 100, axis=0)
@@ -254,7 +255,7 @@ def test_a_video_steers_replays_and_resumes(pipeline, scheme, filling):
         pipeline.replay(stream.log())
 
 
-@pytest.mark.parametrize("scheme, filling", [("N4c2s2", "uniform"), ("K3N5c1s2", "uniform"), ("K2N3c2s2", "ramp")])
+@pytest.mark.parametrize("scheme, filling", [("N4c2s2", "uniform"), ("K3N5c1s2", "doubling"), ("K2N3c2s2", "ramp")])
 def test_an_image_fills_the_buffer_and_is_the_first_reference(pipeline, scheme, filling):
     image = np.random.default_rng(2).integers(0, 255, (16, 16, 3), np.uint8)
     still = np.repeat(image[None, None], 32, axis=1).astype(np.float32) / 127.5 - 1

@@ -143,6 +143,9 @@ def test_frames_per_second_count_the_decoder(model):
     assert report["end_to_end_fps"] < report["denoise_fps"]
     assert report["decoder_share"] == pytest.approx(report["decoder"]["ms"] / chunk, abs=1e-4)
     assert report["first_frame_ms"] == pytest.approx(8 * report["forward"]["ms"] + report["decoder"]["ms"], abs=0.1)
+    doubling = dataclasses.replace(model, sampling=dataclasses.replace(model.sampling, filling="doubling"))
+    late = streaming(doubling, RATES["h200"])["first_frame_ms"]
+    assert late == pytest.approx(36 * report["forward"]["ms"] + report["decoder"]["ms"], abs=0.1)
     sampling = dataclasses.replace(model.sampling, scheme="N8c2s4", guidance=2.0)
     guided = streaming(dataclasses.replace(model, sampling=sampling), RATES["h200"])
     assert guided["forward"]["flops"] == 2 * report["forward"]["flops"] and guided["forwards_per_chunk"] == 4

@@ -318,7 +318,7 @@ def on_devices(count, program, *arguments):
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
 def test_sharded_training_equals_one_device(tmp_path, optimizer):
     report = on_devices(8, ON_EIGHT, HERE / "training" / "toy.py", tmp_path / "checkpoints", optimizer)
     assert len(report) == 2

@@ -9,7 +9,7 @@ import pytest
 
 from streamdit_jax import stream as streaming
 from streamdit_jax.errors import ConfigError
-from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.partition import FILLINGS, PartitionScheme
 from streamdit_jax.steering import Steering, Timetable, mix
 
 FRAME = (1, 1, 1)
@@ -39,7 +39,7 @@ def run(table, steering, changes, steps):
     how many latent frames had been shown when the new prompt was first among the keys.
     """
     scheme = PartitionScheme(table.scheme.num_references, table.scheme.num_chunks, table.scheme.chunk_size, 1)
-    step, K = compiled(scheme, table.filling == "ramp"), scheme.num_references
+    step, K = compiled(scheme, streaming.is_masked(table.filling)), scheme.num_references
     given = jnp.zeros((1, K, *FRAME)) if table.given_references else None
     state = streaming.initial_state(
         jax.random.split(jax.random.key(0), 1), scheme, FRAME, table.filling, references=given
@@ -67,15 +67,15 @@ def run(table, steering, changes, steps):
 @pytest.mark.parametrize("per_chunk", [False, True])
 @pytest.mark.parametrize(
     "spelling, filling",
-    [(s, f) for s in SCHEMES for f in ("uniform", "ramp", "given") if f != "given" or s.startswith("K")],
+    [(s, f) for s in SCHEMES for f in (*FILLINGS, "given", "given doubling") if "given" not in f or s.startswith("K")],
 )
 def test_receipts_tell_when_a_prompt_is_seen(spelling, filling, per_chunk):
     """Every step of the filling and of two chunks, hard switches and interpolations: what the receipt says is what
     the frames have heard.
     """
     scheme = PartitionScheme.parse(spelling)
-    kind = "uniform" if filling == "given" else filling
-    table = Timetable(scheme, kind, LATENT_FRAMES, given_references=filling == "given")
+    kind = {"given": "uniform", "given doubling": "doubling"}.get(filling, filling)
+    table = Timetable(scheme, kind, LATENT_FRAMES, given_references="given" in filling)
     fixed = scheme.num_references if table.given_references else 0
     last = table.fill_steps + 2 * scheme.micro_steps
     for at in sorted({0, 1, scheme.micro_steps, table.fill_steps, last - scheme.micro_steps, last - 1}):

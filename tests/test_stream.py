@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamdit_jax import stream
-from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.partition import FILLINGS, PartitionScheme
 
 FRAME = (1, 2, 3)
 SCHEMES = ["N8c2s3", "N4c4s1", "N16c1s1", "N1c16s4", "K2N7c2s2", "K3N4c2s5p2", "K4N1c4s6", "K1N3c1s2", "K9N2c3s1"]
@@ -49,14 +49,14 @@ def closed_form(noise, levels):
 
 
 @pytest.mark.parametrize("spelling", SCHEMES)
-@pytest.mark.parametrize("filling", ["uniform", "ramp"])
+@pytest.mark.parametrize("filling", FILLINGS)
 def test_stream_of_a_linear_field_equals_the_closed_form(spelling, filling):
     scheme, chunks = PartitionScheme.parse(spelling), 5
     keys = jax.random.split(jax.random.key(3), 2)
     out = np.asarray(stream.sample(linear, keys, condition(batch=2), scheme, FRAME, chunks, filling=filling))
     K, c = scheme.num_references, scheme.chunk_size
     expected = [stream.chunk_noise(keys, jnp.uint32(i), (c, *FRAME)) for i in range(chunks)]
-    if filling == "uniform":
+    if filling != "ramp":
         expected.insert(0, stream.chunk_noise(keys, stream.REFERENCE_NOISE, (K, *FRAME)))
     expected = closed_form(np.concatenate(expected, axis=1), scheme.grid())
     assert out.shape == expected.shape
@@ -189,6 +189,37 @@ def test_ramp_shows_the_model_only_frames_that_exist():
     assert not any(row[:2].any() for row in seen[:6]) and seen[6].all(), "references exist once chunks have left"
 
 
+@pytest.mark.parametrize("spelling", ["N8c2s3", "K2N7c2s2p2", "N4c1s2", "K3N1c5s1"])
+def test_doubling_makes_each_block_after_clean_ones(spelling):
+    """Blocks of 1, 1, 2, 4, 8, … frames: while one is denoised, those before it are clean, those after it do not exist,
+    and each place keeps the snapshot at its level.
+    """
+    scheme, seen = PartitionScheme.parse(spelling), []
+    T, blocks = scheme.total_steps, [0, 1, 2, 2, 3, 3, 3, 3, *[4] * 8][: scheme.buffer_size]
+    places = np.round(scheme.step_levels()[0] ** (1 / scheme.power) * T).astype(int)
+
+    def velocity(latents, text, levels, present):
+        jax.debug.callback(lambda p: seen.append(int(p[0].sum())), present, ordered=True)
+        return coupled(latents, text, levels)
+
+    keys, fill = jax.random.split(jax.random.key(7), 1), stream.filling_rows(scheme, "doubling")
+    state = stream.initial_state(keys, scheme, FRAME, "doubling")
+    x, expected, grid, lengths = state.buffer, np.array(state.buffer), scheme.grid(), []
+    for block in range(max(blocks) + 1):
+        inside = np.equal(blocks, block)
+        for k in range(T if np.any(places[np.greater(blocks, block)]) else max(places[inside])):
+            levels = jnp.where(inside, grid[k], np.less(blocks, block))[None]
+            moved = (grid[k + 1] - grid[k]) * coupled(x, condition().text, levels)
+            x = jnp.where(inside[:, None, None, None], x + moved, x)
+            expected = np.where((inside & (places == k + 1))[:, None, None, None], x, expected)
+            lengths.append(sum(np.less_equal(blocks, block)))
+    for index in range(len(fill.adopt)):
+        state, _ = stream.step(velocity, state, stream.row_at(fill, index), condition(), scheme, masked=True)
+    jax.effects_barrier()
+    np.testing.assert_allclose(state.buffer, expected, atol=1e-5)
+    assert seen == lengths
+
+
 def test_unknown_filling():
     with pytest.raises(ValueError, match="filling"):
         stream.filling_rows(PartitionScheme.parse("N2c1s1"), "magic")
@@ -312,7 +343,7 @@ def test_held_frames_are_on_their_path_and_then_run_free(spelling, strength):
         np.testing.assert_allclose(out, video[:, : out.shape[1]], atol=3e-5)
 
 
-@pytest.mark.parametrize("filling", ["uniform", "ramp"])
+@pytest.mark.parametrize("filling", FILLINGS)
 @pytest.mark.parametrize("spelling", ["K2N3c2s2", "K2N1c3s2"])
 def test_given_references_are_clean_from_the_first_step(spelling, filling):
     """They never change, nobody makes them, and the chunks that follow are those of the closed form."""
@@ -322,17 +353,19 @@ def test_given_references_are_clean_from_the_first_step(spelling, filling):
     seen = []
 
     def velocity(latents, text, levels, present=None):
-        assert (present is None) == (filling == "uniform")
+        assert (present is None) == (filling == "uniform") == (not stream.is_masked(filling))
         jax.debug.callback(lambda *x: seen.append([np.asarray(y[0, :2]) for y in x]), latents, levels, ordered=True)
         return linear(latents, text, levels)
 
     state = stream.initial_state(keys, scheme, FRAME, filling, references=still)
     fill = stream.filling_rows(scheme, filling, given_references=True)
-    assert len(fill.adopt) == (scheme.num_chunks - 1) * scheme.micro_steps
+    steps = (scheme.num_chunks - 1) * scheme.micro_steps
+    # Doubling: frames 2 and 3 to the end, then 4 to 7 as far as the first of them must be.
+    assert len(fill.adopt) == (steps if filling != "doubling" else 8 if scheme.num_chunks > 1 else 0)
     rows = [stream.row_at(fill, i) for i in range(len(fill.adopt))] + program(scheme, filling, 1)[-scheme.micro_steps :]
     for row in rows:
         assert state.present[:, :2].all()
-        state, front = stream.step(velocity, state, row, condition(), scheme, masked=filling == "ramp")
+        state, front = stream.step(velocity, state, row, condition(), scheme, masked=stream.is_masked(filling))
     jax.effects_barrier()
     assert all(np.array_equal(latents, still[0]) and (levels == 1).all() for latents, levels in seen)
     expected = closed_form(np.asarray(stream.chunk_noise(keys, 0, (scheme.chunk_size, *FRAME))), scheme.grid())

@@ -101,6 +101,7 @@ def check_window(found):
     assert max(step["gathered"]) == velocity
 
 
+@pytest.mark.slow
 def test_window_parallel_equals_one_device_and_sends_what_is_planned():
     check_window(run("window")["window"])
 

@@ -68,7 +68,7 @@ class StreamBatch(Iterator[np.ndarray]):
         else:
             row = streaming.row_at(self._flow, (self._row - fill) % self.scheme.micro_steps)
         condition = streaming.Condition(self._text, self._null, self._weight)
-        step = self._pipeline.step(self.scheme, masked=self.filling == "ramp")
+        step = self._pipeline.step(self.scheme, masked=streaming.is_masked(self.filling))
         self._state, front = step(self._state, row, condition)
         self._row += 1
         self.forwards += 1

@@ -223,7 +223,7 @@ def _from_same_states(
     the same states.
     """
     text, total, fronts = other.cache_text(other.encode_prompt(prompt)), None, []
-    step = other.step(other.scheme(None), masked=other.config.sampling.filling == "ramp")
+    step = other.step(other.scheme(None), masked=streaming.is_masked(other.config.sampling.filling))
     for state, row, condition, _ in stream:
         given = state.buffer, row.levels[0][None], condition.text, text
         errors = _errors(reference.config.dit, other.config.dit, reference.dit_params, other.dit_params, *given)

@@ -29,7 +29,7 @@ from streamdit_jax.pipeline import Pipeline, load
 
 FEATURE_WINDOWS = 4  # one-second windows of each clip's end: the same number for a stream and for one short clip
 TIMED_CHUNKS = 4
-_ROW = re.compile(r"(.+):([KN][^:]*):([^:]+?)(?::(uniform|ramp))?")
+_ROW = re.compile(r"(.+):([KN][^:]*):([^:]+?)(?::(uniform|ramp|doubling))?")
 
 
 class Row(NamedTuple):

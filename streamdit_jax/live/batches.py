@@ -23,7 +23,7 @@ class Batches:
 
     def __init__(self, pipeline: Pipeline, scheme: PartitionScheme, filling: str, slots: int):
         self._pipeline, self._scheme = pipeline, scheme
-        self._step = pipeline.step(scheme, masked=filling == "ramp")
+        self._step = pipeline.step(scheme, masked=streaming.is_masked(filling))
         self._idle: list[streaming.StreamState] = []
         self._idle_row = pipeline.idle_row(scheme)
         self._unguided = jax.device_put(np.ones(1, np.float32))

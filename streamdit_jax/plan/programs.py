@@ -105,7 +105,7 @@ def streaming_program(config: Config, mesh: jax.sharding.Mesh) -> Lowered:
     )
     arguments = sharding.abstract_arrays(params, mesh), *placed
     with sharding.on(mesh):
-        lowered = streaming_step(config.dit, shape, config.sampling.filling == "ramp").lower(*arguments)
+        lowered = streaming_step(config.dit, shape, stream.is_masked(config.sampling.filling)).lower(*arguments)
     forwards = 1 if guidance == 1 else 2
     facts = {"scheme": config.sampling.scheme, "guidance": guidance, "forwards_in_one": forwards}
     counted = forwards * flops.of_model(config)["total"]

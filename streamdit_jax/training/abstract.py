@@ -48,9 +48,9 @@ def abstract_objective(config: Config, name: str) -> tuple[Objective, dict[str, 
     batches = abstract_batches(config, name)
     if name == "autoencoder":
         return autoencoder(config.tae, stage.objective, config.dit.compute_dtype), batches
-    if name == "text_alignment":
-        return text_alignment(config), batches
     model = jax.eval_shape(lambda: initialise(config, jax.random.key(0)))
+    if name == "text_alignment":
+        return text_alignment(config, model["text"] if stage.keep else None, stage.keep), batches
     if name == "distillation":
         return distillation(config, stage, model), batches
     frozen = None if stage.train_text else model["text"]

@@ -18,7 +18,7 @@ from streamdit_jax.models.text import tokenize
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.sharding import constrain
 from streamdit_jax.stages import DistillationStage
-from streamdit_jax.training.flow_matching import frozen, max_tokens, splice
+from streamdit_jax.training.flow_matching import at_several_levels, frozen, max_tokens, splice
 from streamdit_jax.training.objective import Objective
 
 
@@ -27,8 +27,9 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
 
     teacher: {"text": {"0": …}, "dit": …}; the student starts as its DiT. Of a batch, the first ⌊rollout_share·b⌋
     examples are states that the student reaches by streaming 1 … `rollout_chunks` chunks from noised clips; of the
-    others, a share `uniform_share` is at one level for the whole buffer, the rest at the levels of streaming. Metrics:
-    `rollout_loss`, and `target_norm`, the mean square of what is learnt.
+    others, shares are at the levels of a filling: `uniform_share` at one level for the whole buffer, `ramp_share`
+    ramps up, `doubling_share` doubles; the rest is at the levels of streaming. Metrics: `rollout_loss`, and
+    `target_norm`, the mean square of what is learnt.
     """
     scheme = PartitionScheme.parse(stage.scheme)
     start = distill.starts(scheme, stage.teacher_steps)
@@ -36,7 +37,7 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
     empty_tokens, empty_mask = tokenize("", max_tokens(config.text))
 
     def velocity(params):
-        return lambda latents, text, levels: dit.apply({"params": params}, latents, levels, text)
+        return lambda latents, text, levels, *present: dit.apply({"params": params}, latents, levels, text, *present)
 
     def init(key, batch):
         del key
@@ -44,10 +45,7 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
 
     def loss(params, constants, batch, key):
         level_key, noise_key, place_key, cycle_key, rollout_key = jax.random.split(key, 5)
-        clean, size = (
-            splice(jax.random.fold_in(key, 1), batch["latents"], constants["switch_share"]),
-            len(batch["latents"]),
-        )
+        size = len(batch["latents"])
         text = encode_text(config.text, constants["text"], batch["tokens"], batch["text_mask"])
         text = tuple((constrain(x, "batch", None, None), mask) for x, mask in text)
         null = encode_text(config.text, constants["text"], empty_tokens[None], empty_mask[None])
@@ -56,10 +54,14 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
         student = velocity(params["dit"])
         frozen_student = velocity(jax.lax.stop_gradient(params["dit"]))
 
-        levels = distill.draw_starts(level_key, start, size, constants["uniform_share"])
+        levels, exist, scored = distill.draw_starts(level_key, start, size, constants["shares"])
         rolled = int(stage.rollout_share * size)
         if rolled:  # they are at the first micro step of streaming
-            levels = levels.at[:rolled].set(start.streaming[0])
+            levels, exist = levels.at[:rolled].set(start.streaming[0]), exist.at[:rolled].set(True)
+            scored = scored.at[:rolled].set(scheme.chunk_ids() >= 0)
+        present = exist if stage.ramp_share or stage.doubling_share else None
+        share = constants["switch_share"] * at_several_levels(levels[:, 0], scored)
+        clean = splice(jax.random.fold_in(key, 1), batch["latents"], share)
         place = jnp.zeros(size, jnp.int32)
         if stage.method == "consistency":
             place = jax.random.randint(place_key, (size,), 0, stage.teacher_steps).at[:rolled].set(0)
@@ -81,11 +83,10 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
 
         guide = velocity(constants["teacher"])
         if stage.method == "segment":
-            target = distill.segment_target(guide, begin, levels, condition)
+            target = distill.segment_target(guide, begin, levels, condition, present)
         else:
-            target = distill.consistency_target(guide, frozen_student, begin, levels, place, condition)
-        predicted = student(begin, text, now)
-        scored = jnp.broadcast_to(start.scored, now.shape)
+            target = distill.consistency_target(guide, frozen_student, begin, levels, place, condition, present)
+        predicted = student(begin, text, now, *(() if present is None else (present,)))
         rolled_only = scored & (jnp.arange(size) < rolled)[:, None]
         metrics = {"target_norm": flow.loss(target, jnp.zeros_like(target), scored)}
         if rolled:
@@ -96,7 +97,7 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
         "teacher": frozen(teacher["dit"], config.dit.compute_dtype),
         "text": frozen(teacher["text"], config.dit.compute_dtype),
         "guidance": np.float32(stage.guidance),
-        "uniform_share": np.float32(stage.uniform_share),
+        "shares": {filling: np.float32(share) for filling, share in stage.filling_shares().items()},
         "switch_share": np.float32(stage.switch_share),
     }
 

@@ -90,7 +90,7 @@ def _waves(frames: int, width: int) -> np.ndarray:
 def splice(key: jax.Array, latents: jax.Array, share: jax.Array | float) -> jax.Array:
     """Clips [b, F, …] as a change of prompt leaves them: of a share of the examples, the frames before a place that is
     drawn uniformly from 1 … F − 1 are those of the example before it in the batch, of which there must be two at least.
-    The caption tells only the rest.
+    The caption tells only the rest. share: one for all, or each example's, [b, 1].
     """
     size, frames = latents.shape[:2]
     if frames == 1:
@@ -100,6 +100,14 @@ def splice(key: jax.Array, latents: jax.Array, share: jax.Array | float) -> jax.
     spliced = jax.random.uniform(share_key, (size, 1)) < share
     before = spliced & (jnp.arange(frames) < place)
     return jnp.where(before[..., None, None, None], jnp.roll(latents, 1, axis=0), latents)
+
+
+def at_several_levels(levels: jax.Array, scored: jax.Array) -> jax.Array:
+    """Of each example, [b, 1], whether its noisy frames have several levels, as while streaming: what is at one level,
+    after references or without, is made at once, and no prompt changes in it. levels, scored: [b, F].
+    """
+    lowest = jnp.min(jnp.where(scored, levels, jnp.inf), axis=1, keepdims=True)
+    return jnp.max(jnp.where(scored, levels, -jnp.inf), axis=1, keepdims=True) > lowest
 
 
 def flow_matching(
@@ -141,12 +149,13 @@ def flow_matching(
     def loss(params, constants, batch, key):
         level_key, noise_key, drop_key = jax.random.split(key, 3)
         latents = jax.lax.stop_gradient(latents_of(constants, batch))
-        latents = splice(jax.random.fold_in(key, 1), latents, constants["switch_share"])
         size = len(latents)
         per_example = objective.mixture.draw == "example"
         mixture = constants["mixture"][str(latents.shape[1])]
         drawn = draw_levels(level_key, mixture, size, per_example=per_example)
         drawn = jax.tree.map(lambda x: constrain(x, "batch", None), drawn)
+        share = constants["switch_share"] * at_several_levels(drawn.levels, drawn.scored)
+        latents = splice(jax.random.fold_in(key, 1), latents, share)
         noise = constrain(jax.random.normal(noise_key, latents.shape), "batch", *[None] * 4)
         dropped = jax.random.uniform(drop_key, (size, 1)) < constants["caption_dropout"]
         tokens = jnp.where(dropped, empty_tokens, batch["tokens"])

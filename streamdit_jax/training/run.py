@@ -172,7 +172,7 @@ def _train(config: Config, workdir: Path, command: str, watch: Watch, log) -> Pa
         if latents is None:
             latents = _latents(config, parts, source, workdir, log)
         if name == "text_alignment":
-            objective, sample = text_alignment(config), None
+            objective, sample = aligned(config), None
         else:
             objective = _started(config, parts) if name == "flow_matching" else _distilled(config, parts)
             sample = _sampler(config, parts, workdir / name) if "tae" in parts else None
@@ -228,6 +228,20 @@ def _started(config: Config, parts: dict) -> Objective:
     return dataclasses.replace(objective, first_batch=batch)
 
 
+def aligned(config: Config) -> Objective:
+    """Alignment of fresh text encoders, or of those of the model that the stage names."""
+    stage = config.training.text_alignment
+    if not stage.start_from:
+        return text_alignment(config)
+    directory = _named_model("training.text_alignment.start_from", stage.start_from)
+    initial = _parts_of(directory, config, ("text",))
+    objective = text_alignment(config, initial["text"] if stage.keep else None, stage.keep)
+    tokens, mask = tokenize("", max_tokens(config.text))
+    latents = np.zeros((1, *config.dit.latent), np.float32)
+    batch = {"tokens": tokens[None], "text_mask": mask[None], "latents": latents}
+    return dataclasses.replace(objective, first_batch=batch | {"initial": initial})
+
+
 def _distilled(config: Config, parts: dict) -> Objective:
     """Distillation of the teacher that the stage names, or of what the run has made; text encoders stay as they are."""
     named = config.training.distillation.teacher
@@ -239,8 +253,11 @@ def _distilled(config: Config, parts: dict) -> Objective:
 
 def _require_models(config: Config) -> None:
     """ConfigError where a model that the run starts from is not there: said before any data are made."""
-    flow, student = config.training.flow_matching, config.training.distillation
+    stages = config.training
+    text, flow, student = stages.text_alignment, stages.flow_matching, stages.distillation
     named = {"data.autoencoder": config.data.autoencoder}
+    if text is not None:
+        named["training.text_alignment.start_from"] = text.start_from
     if flow is not None:
         named |= {f"training.flow_matching.{field}": getattr(flow, field) for field in ("start_from", "text_from")}
     if student is not None:

@@ -125,6 +125,7 @@ def test_scanned_and_unrolled_layers_are_the_same_function():
     assert np.abs(apply(config, order, *inputs) - unrolled).max() > 1e-2, "and their order matters"
 
 
+@pytest.mark.slow
 def test_rematerialisation_saves_memory_and_changes_no_gradient():
     config = dataclasses.replace(TINY, num_layers=2, windows=((2, 2, 2),), shifted=(True,), cross_attention=False)
     params, inputs = filled(config, 0.15), inputs_of(config)

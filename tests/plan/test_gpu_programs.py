@@ -18,6 +18,7 @@ from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.plan.programs import streaming_program
 from streamdit_jax.plan.topology import describe, only_describe
 from streamdit_jax.programs import ANY_CALL
+from streamdit_jax.stream import is_masked
 
 pytestmark = [
     pytest.mark.nightly,
@@ -33,7 +34,7 @@ def test_a_kept_step_of_the_4b_model_compiles_for_an_h200_as_the_direct_one_does
     direct = streaming_program(config, mesh)
     scheme = PartitionScheme.parse(config.sampling.scheme)
     shape = PartitionScheme(scheme.num_references, scheme.num_chunks, scheme.chunk_size, 1)
-    step = streaming_step(config.dit, shape, config.sampling.filling == "ramp")
+    step = streaming_step(config.dit, shape, is_masked(config.sampling.filling))
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), direct.arguments)
     with sharding.on(mesh):
         data = export.export(step, platforms=["cuda"], disabled_checks=[ANY_CALL])(*abstract).serialize()

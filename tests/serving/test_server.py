@@ -285,6 +285,7 @@ def test_what_the_engine_refuses_is_said_and_what_fails_is_not_told_apart(serve,
         assert mean(client.picture()) < 80, "a new session is possible at once"
 
 
+@pytest.mark.slow
 def test_ten_thousand_malformed_messages_leave_the_server_serving(serve):
     running = serve(**FAST)
     rng = np.random.default_rng(0)

@@ -42,9 +42,8 @@ def test_the_student_starts_as_the_teacher_and_only_its_dit_learns(tiny, teacher
     params = objective.init(jax.random.key(0), objective.first_batch)
     assert list(params) == ["dit"]
     jax.tree.map(np.testing.assert_array_equal, params["dit"], teacher["dit"])
-    gradient = jax.grad(lambda constants: objective.loss(params, constants, batch, jax.random.key(0))[0])(
-        objective.constants
-    )
+    of_constants = jax.jit(jax.grad(lambda constants: objective.loss(params, constants, batch, jax.random.key(0))[0]))
+    gradient = of_constants(objective.constants)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(gradient["teacher"]))
 
 
@@ -55,6 +54,9 @@ def test_the_student_starts_as_the_teacher_and_only_its_dit_learns(tiny, teacher
         {"scheme": "N4c2s2", "rollout_share": 0.5},
         {"scheme": "K2N3c2s1", "teacher_steps": 3},
         {"scheme": "N4c2s1p2", "uniform_share": 1.0, "rollout_share": 0.0},
+        {"scheme": "K2N3c2s1", "uniform_share": 0.0, "ramp_share": 1.0, "rollout_share": 0.0},
+        {"method": "consistency", "ramp_share": 0.5},
+        {"scheme": "K2N3c2s1", "uniform_share": 0.0, "doubling_share": 1.0, "rollout_share": 0.25},
     ],
     ids=lambda changes: "-".join(map(str, changes.values())),
 )
@@ -67,6 +69,14 @@ def test_any_scheme_method_and_share_gives_a_finite_loss(tiny, teacher, batch, c
     assert ("rollout_loss" in metrics) == (stage.rollout_share > 0)
 
 
+def test_shares_of_filling_that_cannot_be_are_refused():
+    with pytest.raises(ValueError, match=r"ramp_share: with uniform_share and doubling_share it makes 1\.5"):
+        dataclasses.replace(STAGE, ramp_share=0.5, doubling_share=0.75)
+    for field in ("ramp_share", "doubling_share"):
+        with pytest.raises(ValueError, match=f"{field}: N1c8s1 is one chunk"):
+            dataclasses.replace(STAGE, scheme="N1c8s1", **{field: 0.5})
+
+
 def test_guidance_and_shares_are_data(tiny, teacher, batch):
     """Law 1: another guidance or share of uniform buffers does not compile the loss again."""
     first = distillation(tiny, STAGE, teacher)
@@ -77,6 +87,19 @@ def test_guidance_and_shares_are_data(tiny, teacher, batch):
     third = distillation(tiny, dataclasses.replace(STAGE, switch_share=1.0), teacher)
     assert loss(params, third.constants, batch, jax.random.key(1))[0] != before
     assert loss._cache_size() == 1
+
+
+def test_frames_that_do_not_exist_yet_teach_nothing(tiny, teacher, batch):
+    """The loss of a ramping buffer does not depend on what lies where no chunk has entered."""
+    stage = dataclasses.replace(STAGE, ramp_share=1.0, uniform_share=0.0, rollout_share=0.0)
+    objective, params = distillation(tiny, stage, teacher), {"dit": teacher["dit"]}
+    last = {**batch, "latents": batch["latents"].copy()}
+    last["latents"][:, 6:] = 7.0  # the last chunk of four never exists while a buffer ramps up
+    loss = jax.jit(objective.loss)
+    value = loss(params, objective.constants, batch, jax.random.key(2))[0]
+    np.testing.assert_allclose(loss(params, objective.constants, last, jax.random.key(2))[0], value, rtol=1e-5)
+    first = {**batch, "latents": batch["latents"] + 1.0}
+    assert abs(loss(params, objective.constants, first, jax.random.key(2))[0] - value) > 1e-3 * value
 
 
 @pytest.mark.slow

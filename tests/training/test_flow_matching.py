@@ -1,6 +1,4 @@
-"""The objectives of text and transformer: what is scored, what a caption may change, and what training starts from."""
-
-import dataclasses
+"""The flow-matching objective: what is scored, what a caption may change, and what training starts from."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +9,6 @@ from streamdit_jax import flow
 from streamdit_jax.models.text import tokenize
 from streamdit_jax.stages import FlowMatchingObjective, MixtureConfig
 from streamdit_jax.training.flow_matching import flow_matching, splice
-from streamdit_jax.training.text_alignment import gist, pool, text_alignment
 
 
 def batch_of(captions, seed=0):
@@ -83,6 +80,19 @@ def test_a_switch_is_learnt_from_the_clip_that_was_spliced(tiny, params):
     assert loss._cache_size() == 1
 
 
+@pytest.mark.parametrize("spelling", ["N1c8s1", "K4N1c4s1"])
+def test_what_is_at_one_level_is_of_one_clip(tiny, params, spelling):
+    """What is made at once, a whole clip or the rest of one, has one prompt, whatever switch_share."""
+    batch, key = batch_of(["a red car", "a blue bus at night"]), jax.random.key(1)
+    mixture = MixtureConfig(((spelling, 1.0),))
+    sharing, plain = (
+        flow_matching(tiny, FlowMatchingObjective(mixture, caption_dropout=0.0, switch_share=share))
+        for share in (1.0, 0.0)
+    )
+    loss = jax.jit(sharing.loss)
+    assert loss(params, sharing.constants, batch, key)[0] == loss(params, plain.constants, batch, key)[0]
+
+
 def test_mixtures_are_data_to_one_compiled_loss(tiny, params):
     """Law 1: other schemes, weights and shares, of the same number, do not compile again."""
     batch = batch_of(["a red car"] * 4)
@@ -119,37 +129,3 @@ def test_text_encoders_that_do_not_learn_are_constants(tiny, params):
     expected, _ = jax.jit(learning.loss)(params, learning.constants, batch, jax.random.key(1))
     value, _ = jax.jit(frozen.loss)(begun, frozen.constants, batch, jax.random.key(1))
     np.testing.assert_allclose(value, expected, rtol=1e-6)
-
-
-def test_gist_and_pool_against_numpy():
-    latents = np.random.default_rng(0).normal(size=(2, 5, 2, 2, 3)).astype(np.float32)
-    expected = np.concatenate([latents.mean(1).reshape(2, -1), latents.std(1).reshape(2, -1)], axis=1)
-    np.testing.assert_allclose(gist(jnp.asarray(latents)), expected, atol=1e-5)
-    sequence, mask = np.arange(12, dtype=np.float32).reshape(1, 4, 3), np.array([[True, True, False, False]])
-    np.testing.assert_allclose(pool(((jnp.asarray(sequence), jnp.asarray(mask)),)), [[1.5, 2.5, 3.5]])
-
-
-@pytest.mark.slow
-def test_alignment_learns_to_read_colours_from_bytes(tiny):
-    """Captions that differ by one word, clips that differ by it: after 150 steps most of the variance is explained."""
-    import optax
-
-    text = (dataclasses.replace(tiny.text[0], bias_per_layer=True, local_start=6.0, num_layers=2),)
-    objective = text_alignment(dataclasses.replace(tiny, text=text))
-    colours = ("red", "blue", "green", "white")
-    looks = np.random.default_rng(1).normal(size=(4, 1, 4, 4, 4)).astype(np.float32)
-    captions = [f"a {colours[i % 4]} {'car' if i < 8 else 'bus'} drives" for i in range(16)]
-    batch = batch_of(captions) | {"latents": np.concatenate([looks[i % 4][None].repeat(8, 1) for i in range(16)])}
-    params = jax.jit(objective.init)(jax.random.key(0), batch)
-    optimizer = optax.adam(3e-3)
-
-    @jax.jit
-    def step(params, state):
-        (_, metrics), gradient = jax.value_and_grad(objective.loss, has_aux=True)(params, (), batch, jax.random.key(0))
-        updates, state = optimizer.update(gradient, state)
-        return optax.apply_updates(params, updates), state, metrics["explained"]
-
-    state = optimizer.init(params)
-    for _ in range(150):
-        params, state, explained = step(params, state)
-    assert explained > 0.7
