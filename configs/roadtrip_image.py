@@ -1,4 +1,4 @@
-"""Roadtrip, first of four: autoencoder, text encoder, and a transformer that knows images.
+"""Roadtrip, first of three: autoencoder, text encoder, and a transformer that knows images.
 
     streamdit train --config=configs/roadtrip_image.py --workdir=runs/roadtrip_image
 
@@ -17,7 +17,7 @@ def get_config() -> ml_collections.ConfigDict:
 
     config.data = ml_collections.ConfigDict()
     config.data.source = "roadtrip"
-    config.data.num_clips = 2048
+    config.data.num_clips = 4096
     config.data.clip_frames = 80
     config.data.captions_per_clip = 8
     config.data.height = 64
@@ -79,7 +79,9 @@ def get_config() -> ml_collections.ConfigDict:
     stage.objective = ml_collections.ConfigDict(dict(l1=1.0, mse=2.0, gradient=0.5, kl=1e-4, image_share=0.25))
 
     stage = config.training.text_alignment = ml_collections.ConfigDict()
-    stage.steps = 800
+    stage.start_from = ""
+    stage.keep = 0.0
+    stage.steps = 1600
     stage.batch_size = 32
     stage.num_frames = 16
     stage.ema_decay = 0.99
