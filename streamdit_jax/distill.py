@@ -11,7 +11,7 @@ grid:
 With N8c2s1 and r = 16 this is the paper's: 128 guided steps become 8. With N8c2s8 and r = 2 it is one round of
 progressive halving, 16 → 8, to be repeated with the student as the teacher. Reference frames do not move and are not
 scored. A model is known here only as `velocity(latents, text, levels)`, with the mask of existing frames as a fourth
-argument where a buffer may ramp up.
+argument where a buffer may ramp up or double.
 
 Inputs Y_0 are real clips noised to the levels that streaming visits; a share of them instead to those of a filling,
 uniform, ramping up or doubling, so that the student can fill its own buffer; and a share made by the student itself,
@@ -27,25 +27,27 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from streamdit_jax import flow, stream
-from streamdit_jax.partition import PartitionScheme
-from streamdit_jax.stream import filling_rows
+from streamdit_jax.partition import FILLINGS, PartitionScheme
+
+
+class Walks(NamedTuple):
+    """The steps that a student takes of one kind, as its teacher walks them.
+
+    levels: [n, r + 1, B], those of the teacher's r steps within each. present: [n, B], the frames that exist.
+    """
+
+    levels: Float[np.ndarray, "n steps B"]
+    present: Bool[np.ndarray, "n B"]
 
 
 class Starts(NamedTuple):
     """Every place a student's step can start from, as arrays: data to the compiled step.
 
-    streaming: [s, r + 1, B], the levels of the teacher's steps within each micro step of the student's scheme.
-    uniform: [T, r + 1, B], the same for a buffer at one level, as in filling.
-    ramp, doubling: [n, r + 1, B], the same for a buffer that ramps up, or doubles.
-    ramp_present, doubling_present: [n, B], the frames that exist while it does.
+    streaming: its s micro steps. fillings: the steps of each of `FILLINGS`.
     """
 
-    streaming: Float[np.ndarray, "s steps B"]
-    uniform: Float[np.ndarray, "T steps B"]
-    ramp: Float[np.ndarray, "n steps B"]
-    ramp_present: Bool[np.ndarray, "n B"]
-    doubling: Float[np.ndarray, "n steps B"]
-    doubling_present: Bool[np.ndarray, "n B"]
+    streaming: Walks
+    fillings: dict[str, Walks]
 
 
 class Drawn(NamedTuple):
@@ -73,28 +75,23 @@ def starts(scheme: PartitionScheme, teacher_steps: int) -> Starts:
         scheme.power,
     )
 
-    def windows(levels):
-        """[n·r + 1, B] → [n, r + 1, B]; neighbours share an end."""
-        first = np.arange(0, len(levels) - 1, teacher_steps)[:, None]
-        return levels[first + np.arange(teacher_steps + 1)]
+    def walks(rows, entered=None):
+        """The teacher's rows, r at a time; neighbours share an end. entered: of the student's rows; None for all."""
+        pairs = rows.levels.reshape(-1, teacher_steps, 2, scheme.buffer_size)
+        levels = np.concatenate([pairs[:, :, 0], pairs[:, -1:, 1]], axis=1)
+        if entered is None:
+            return Walks(levels, np.ones((len(levels), scheme.buffer_size), bool))
+        return Walks(levels, np.logical_or.accumulate(entered, axis=0))
 
-    chunks, none = scheme.chunk_ids() >= 0, np.zeros((0, teacher_steps + 1, scheme.buffer_size), np.float32)
-    uniform = np.where(chunks, finer.grid()[:, None], np.float32(1))
-    stages = [windows(finer.ramp_levels(present)) for present in range(1, scheme.num_chunks)]
-    youngest = np.repeat(np.arange(scheme.num_chunks - 1), scheme.micro_steps)[:, None]
-    exist = chunks & (scheme.chunk_ids() <= youngest)  # a ramp-up begins without references
-    rows, blocks = filling_rows(scheme, "doubling"), scheme.doubling_blocks()
-    # Frames that exist: up to the block that a row's `enter` names. The last block is not denoised to its end.
-    present = np.array([blocks <= blocks[enter].max() for enter in rows.enter], bool).reshape(-1, scheme.buffer_size)
-    doubling = [windows(finer.doubling_levels(block)) for block in range(blocks.max() + 1)]
-    return Starts(
-        windows(finer.step_levels()),
-        windows(uniform),
-        np.concatenate([none, *stages]),
-        exist,
-        np.concatenate([none, *doubling])[: len(present)],
-        present,
-    )
+    fillings = {
+        filling: walks(stream.filling_rows(finer, filling), stream.filling_rows(scheme, filling).enter)
+        for filling in FILLINGS
+        if stream.is_masked(filling)
+    }
+    # To its end, though a buffer without references is filled a chunk earlier; references, if any, are given.
+    whole = stream.streaming_rows(finer.uniform())
+    whole = whole._replace(levels=np.where(scheme.chunk_ids() < 0, np.float32(1), whole.levels))
+    return Starts(walks(stream.streaming_rows(finer)), {"uniform": walks(whole), **fillings})
 
 
 def draw_starts(key: Array, start: Starts, batch_size: int, shares: Mapping[str, float | Array]) -> Drawn:
@@ -106,21 +103,17 @@ def draw_starts(key: Array, start: Starts, batch_size: int, shares: Mapping[str,
         share_key, place_key = jax.random.split(jax.random.fold_in(key, row))
         share, place = jax.random.uniform(share_key), jax.random.uniform(place_key)
 
-        def pick(bank):
-            return jnp.asarray(bank)[jnp.minimum((place * len(bank)).astype(int), len(bank) - 1)]
+        def pick(walks):
+            number = len(walks.levels)
+            index = jnp.minimum((place * number).astype(int), number - 1)
+            return tuple(jnp.asarray(bank)[index] for bank in walks)
 
-        everything = np.ones(start.streaming.shape[-1], bool)[None]
-        levels, present, below = pick(start.streaming), everything[0], 0.0
-        for filling, bank, exist in (
-            ("uniform", start.uniform, everything),
-            ("ramp", start.ramp, start.ramp_present),
-            ("doubling", start.doubling, start.doubling_present),
-        ):
+        (levels, present), below = pick(start.streaming), 0.0
+        for filling, walks in start.fillings.items():
             above = below + shares.get(filling, 0.0)
-            if len(bank):
+            if len(walks.levels):
                 chosen = (share >= below) & (share < above)
-                levels = jnp.where(chosen, pick(bank), levels)
-                present = jnp.where(chosen, pick(exist), present)
+                levels, present = (jnp.where(chosen, *both) for both in zip(pick(walks), (levels, present)))
             below = above
         return Drawn(levels, present, present & (levels[-1] > levels[0]))
 

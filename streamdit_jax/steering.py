@@ -113,19 +113,18 @@ class Timetable:
         """What a change before micro step `step`, interpolated over so many chunks, touches."""
         scheme = self.scheme
         complete = step + max(0, over * scheme.micro_steps - 1)  # the first step that knows the new prompt alone
-        shows_references = self.given_references or self._makes_references
-        hidden = 0 if shows_references else scheme.num_references
-        shifts = 1 + max(0, complete - self.fill_steps) // scheme.micro_steps
-        frames = np.arange(shifts * scheme.chunk_size + scheme.buffer_size)
+        # The frame sought is in the buffer by then, or of the chunk that enters next.
+        frames = self.shifts(complete) * scheme.chunk_size + np.arange(scheme.buffer_size + scheme.chunk_size)
+        frames = frames[frames >= (0 if self._makes_references else scheme.num_references)]  # given ones hear nothing
         there, first = self._steps_of(frames)
-        counts = (frames >= hidden) & ~((frames < scheme.num_references) & self.given_references) & (first >= complete)
-        frame = int(np.argmax(counts))
+        place = int(np.argmax(first >= complete))
         # A chunk that keeps its own prompt still attends to its neighbours, and they to it.
-        touched = self.frames_shown(max(step, there[frame]) if per_chunk else step)
+        touched = self.frames_shown(max(step, int(there[place])) if per_chunk else step)
         if self._makes_references and not per_chunk:  # some may be clean before others are begun
             clean = self._there[: scheme.num_references] + scheme.total_steps <= step
             touched = max(touched, self.latent_frames * int(clean.sum()))
-        return Receipt(step, touched, self.latent_frames * (frame - hidden))
+        unshown = 0 if self.given_references or self._makes_references else scheme.num_references
+        return Receipt(step, touched, self.latent_frames * int(frames[place] - unshown))
 
 
 @jax.jit

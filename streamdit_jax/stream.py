@@ -136,23 +136,7 @@ def filling_rows(scheme: PartitionScheme, filling: str = "uniform", *, given_ref
     """
     chunk, size = scheme.chunk_ids(), scheme.buffer_size
     if filling == "doubling":
-        # The step of a block after which a frame is as clean as its place in the buffer asks.
-        place = np.where(chunk < 0, scheme.total_steps, (scheme.num_chunks - 1 - chunk) * scheme.micro_steps)
-        blocks = np.where((chunk < 0) & given_references, -1, scheme.doubling_blocks())
-        wanted = sorted(set(blocks[(place > 0) & (blocks >= 0)]))
-        lengths = [scheme.total_steps for _ in wanted[:-1]] + [place[blocks == last].max() for last in wanted[-1:]]
-        row_block = np.repeat(np.array(wanted, np.int32), lengths)[:, None]
-        reached = np.concatenate([np.zeros((0, 1), int), *(np.arange(1, length + 1)[:, None] for length in lengths)])
-        levels = [scheme.doubling_levels(block) for block in wanted]
-        pairs = [np.stack([of[:length], of[1 : length + 1]], axis=1) for of, length in zip(levels, lengths)]
-        levels = np.concatenate([np.zeros((0, 2, size), np.float32), *pairs])
-        return Row(
-            levels=np.where(blocks < 0, np.float32(1), levels),
-            enter=row_block == blocks,
-            keep=(row_block == blocks) & (reached == place),
-            adopt=np.arange(len(levels)) == len(levels) - 1,
-            advance=np.zeros(len(levels), bool),
-        )
+        return _doubling_rows(scheme, given_references)
     if filling == "uniform":
         makes_references = scheme.num_references > 0 and not given_references
         steps = scheme.total_steps if makes_references else scheme.total_steps - scheme.micro_steps
@@ -182,6 +166,28 @@ def filling_rows(scheme: PartitionScheme, filling: str = "uniform", *, given_ref
             advance=np.zeros(steps, bool),
         )
     raise ValueError(f"filling: {filling!r} is not one of {', '.join(FILLINGS)}")
+
+
+def _doubling_rows(scheme: PartitionScheme, given_references: bool) -> Row:
+    """A block after another, until every frame is as clean as its place asks; the last one no further than that."""
+    chunk, size = scheme.chunk_ids(), scheme.buffer_size
+    # The step of a block after which a frame is as clean as its place in the buffer asks.
+    place = np.where(chunk < 0, scheme.total_steps, (scheme.num_chunks - 1 - chunk) * scheme.micro_steps)
+    blocks = np.where((chunk < 0) & given_references, -1, scheme.doubling_blocks())
+    wanted = sorted(set(blocks[(place > 0) & (blocks >= 0)]))
+    lengths = [scheme.total_steps for _ in wanted[:-1]] + [place[blocks == last].max() for last in wanted[-1:]]
+    row_block = np.repeat(np.array(wanted, np.int32), lengths)[:, None]
+    reached = np.concatenate([np.zeros((0, 1), int), *(np.arange(1, length + 1)[:, None] for length in lengths)])
+    levels = [scheme.doubling_levels(block) for block in wanted]
+    pairs = [np.stack([of[:length], of[1 : length + 1]], axis=1) for of, length in zip(levels, lengths)]
+    levels = np.concatenate([np.zeros((0, 2, size), np.float32), *pairs])
+    return Row(
+        levels=np.where(blocks < 0, np.float32(1), levels),
+        enter=row_block == blocks,
+        keep=(row_block == blocks) & (reached == place),
+        adopt=np.arange(len(levels)) == len(levels) - 1,
+        advance=np.zeros(len(levels), bool),
+    )
 
 
 def is_masked(filling: str) -> bool:

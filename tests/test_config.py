@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import pytest
 
+from streamdit_jax import cli_arguments, partition, stages
 from streamdit_jax import config as configuration
-from streamdit_jax import stages
 from streamdit_jax.config import from_arguments, from_mapping
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.dit import parameter_count
@@ -80,7 +80,7 @@ def test_the_4b_model_has_its_parameters():
         (["--config.sampling.filling=magic"], "sampling.filling"),
         (
             ["--config.training.flow_matching.objective.mixture.entries=(('N8c2s1',1.0),('N7c1s1',1.0))"],
-            "training.flow_matching.objective.mixture.entries: N7c1s1 does not tile a buffer of 1, 2, 4, 8 or 16 frames",
+            "flow_matching.objective.mixture.entries: N7c1s1 does not tile a buffer of 1, 2, 4, 8 or 16 frames",
         ),
         (["--config.training.flow_matching.num_frames=8"], "training.flow_matching.num_frames"),
         (["--config.training.flow_matching.num_frames=0"], "training.flow_matching.num_frames: must be at least 1"),
@@ -197,3 +197,7 @@ def test_every_field_is_read_somewhere():
     classes = [cls for cls in named if dataclasses.is_dataclass(cls) and cls not in whole]
     unread = [f"{cls.__name__}.{f.name}" for cls in classes for f in dataclasses.fields(cls) if f.name not in read]
     assert not unread
+
+
+def test_the_command_line_offers_every_filling():
+    assert cli_arguments.FILLINGS == partition.FILLINGS

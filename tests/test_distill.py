@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from streamdit_jax import distill, stream
-from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.partition import FILLINGS, PartitionScheme
 
 SHAPE = (2, 8, 2, 2, 3)
 schemes = st.sampled_from(["N4c2s1", "N8c1s1", "N2c4s2", "K2N3c2s1", "N4c2s4p2", "N1c8s8"]).map(PartitionScheme.parse)
@@ -32,7 +32,7 @@ def linear(rate):
 @given(schemes, st.integers(1, 5), st.floats(0.5, 3))
 def test_a_linear_teacher_has_a_closed_form(scheme, steps, guidance):
     start = distill.starts(scheme, steps)
-    levels = jnp.asarray(np.stack([start.streaming[0], start.uniform[-1]]))
+    levels = jnp.asarray(np.stack([start.streaming.levels[0], start.fillings["uniform"].levels[-1]]))
     begin = normal(0)
     target = distill.segment_target(linear(-0.7), begin, levels, condition(guidance, text=0.4, null=-0.2))
     rate = -0.7 + (-0.2 + guidance * (0.4 + 0.2))
@@ -50,20 +50,22 @@ def test_starts_are_the_levels_of_the_sampler(scheme, steps):
     level are those of the teacher's finer grid.
     """
     start = distill.starts(scheme, steps)
-    rows = stream.streaming_rows(scheme)
-    np.testing.assert_array_equal(start.streaming[:, 0], rows.levels[:, 0])
-    np.testing.assert_array_equal(start.streaming[:, -1], rows.levels[:, 1])
+    rows, streaming = stream.streaming_rows(scheme), start.streaming.levels
+    np.testing.assert_array_equal(streaming[:, 0], rows.levels[:, 0])
+    np.testing.assert_array_equal(streaming[:, -1], rows.levels[:, 1])
     chunks = scheme.chunk_ids() >= 0
     filling = stream.filling_rows(scheme, "uniform").levels
     taken = {tuple(pair[:, -1]) for pair in filling}
-    taught = {(levels[0, -1], levels[-1, -1]) for levels in start.uniform}
+    taught = {(levels[0, -1], levels[-1, -1]) for levels in start.fillings["uniform"].levels}
     assert taken <= taught
-    assert np.all(np.diff(start.streaming[..., chunks], axis=1) > 0) and np.all(start.streaming[..., ~chunks] == 1)
+    assert np.all(np.diff(streaming[..., chunks], axis=1) > 0) and np.all(streaming[..., ~chunks] == 1)
+    scored = np.asarray(distill.draw_starts(jax.random.key(0), start, 4, {"uniform": 0.5}).scored)
+    np.testing.assert_array_equal(scored, np.broadcast_to(chunks, scored.shape))
 
 
 def test_one_teacher_step_is_its_guided_velocity():
     scheme = PartitionScheme.parse("N4c2s1")
-    levels = jnp.asarray(np.repeat(distill.starts(scheme, 1).streaming, 2, axis=0))
+    levels = jnp.asarray(np.repeat(distill.starts(scheme, 1).streaming.levels, 2, axis=0))
     guided = condition(2.0, text=0.4, null=-0.2)
     velocity = stream.guided_velocity(linear(0.1), normal(0), levels[:, 0], guided, None)
     target = distill.segment_target(linear(0.1), normal(0), levels, guided)
@@ -75,7 +77,7 @@ def test_one_teacher_step_is_its_guided_velocity():
 def test_consistency_of_a_student_that_knows_is_the_segment():
     """Where the student's own velocity already is the average of the rest of the segment, both targets agree."""
     scheme = PartitionScheme.parse("N4c2s1")
-    levels = jnp.asarray(np.repeat(distill.starts(scheme, 3).streaming, 2, axis=0))
+    levels = jnp.asarray(np.repeat(distill.starts(scheme, 3).streaming.levels, 2, axis=0))
     rest = levels[:, 1:]
 
     def student(latents, text, now):
@@ -91,7 +93,7 @@ def test_consistency_of_a_student_that_knows_is_the_segment():
 @pytest.mark.parametrize("method", ["segment", "consistency"])
 def test_no_gradient_reaches_the_teacher_or_the_target(method):
     scheme = PartitionScheme.parse("N4c2s1")
-    levels = jnp.asarray(np.repeat(distill.starts(scheme, 2).streaming, 2, axis=0))
+    levels = jnp.asarray(np.repeat(distill.starts(scheme, 2).streaming.levels, 2, axis=0))
 
     def loss(teacher, student):
         if method == "segment":
@@ -139,23 +141,21 @@ def test_a_rollout_is_streaming(spelling):
 
 def test_shares_of_starts():
     start = distill.starts(PartitionScheme.parse("N4c2s2"), 2)
-    for shares, bank in (
-        ({}, "streaming"),
-        ({"uniform": 1}, "uniform"),
-        ({"ramp": 1}, "ramp"),
-        ({"doubling": 1}, "doubling"),
-    ):
+    for shares, bank in (({}, start.streaming), *(({filling: 1}, start.fillings[filling]) for filling in FILLINGS)):
         levels, present, scored = map(np.asarray, distill.draw_starts(jax.random.key(0), start, 256, shares))
         drawn = {levels[i].tobytes() for i in range(256)}
-        assert drawn == {rows.tobytes() for rows in getattr(start, bank)}  # all of them, and nothing else
-        assert present.all() == (bank not in ("ramp", "doubling"))
+        assert drawn == {walk.tobytes() for walk in bank.levels}  # all of them, and nothing else
+        assert present.all() == bank.present.all() == ("ramp" not in shares and "doubling" not in shares)
         assert np.array_equal(scored, present & (levels[:, 0] < levels[:, -1]))
+    shares = {"uniform": 0.3, "ramp": 0.5}
+    levels, present, _ = map(np.asarray, distill.draw_starts(jax.random.key(0), start, 900, shares))
+    assert abs((levels == levels[..., :1]).all((1, 2)).mean() - 0.3) < 0.05
+    assert abs((~present.all(1)).mean() - 0.5) < 0.05
     shares = {"uniform": 0.3, "ramp": 0.3, "doubling": 0.2}
     levels, present, _ = map(np.asarray, distill.draw_starts(jax.random.key(0), start, 900, shares))
     assert abs((levels == levels[..., :1]).all((1, 2)).mean() - 0.3) < 0.05
-    assert (
-        abs((levels[:, 0, 0] == 1).mean() - 0.2 * 18 / 26) < 0.04
-    )  # after the first of its blocks of 8, 8, 8 and 2 steps
+    # Its blocks take 8, 8, 8 and 2 steps; after the first the first frame is clean.
+    assert abs((levels[:, 0, 0] == 1).mean() - 0.2 * 18 / 26) < 0.04
 
 
 @pytest.mark.parametrize("spelling", ["N4c2s2", "K2N3c2s1p2", "N1c8s2"])
@@ -164,7 +164,7 @@ def test_a_filling_is_taught_as_it_is_taken(spelling, filling):
     """Levels and frames that exist are those of the rows by which a buffer fills."""
     scheme = PartitionScheme.parse(spelling)
     start, rows = distill.starts(scheme, 3), stream.filling_rows(scheme, filling)
-    bank, present = getattr(start, filling), getattr(start, f"{filling}_present")
+    bank, present = start.fillings[filling]
     np.testing.assert_array_equal(present, np.logical_or.accumulate(rows.enter, axis=0))
     np.testing.assert_array_equal(bank[:, 0], rows.levels[:, 0])
     np.testing.assert_array_equal(bank[:, -1], rows.levels[:, 1])

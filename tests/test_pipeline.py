@@ -233,7 +233,7 @@ def test_a_video_at_strength_zero_is_what_its_latents_decode_to(pipeline):
     assert np.array_equal(take(free, 3), take(pipeline.stream("a red car"), 3)), "strength 1 leaves nothing of it"
 
 
-@pytest.mark.parametrize("scheme, filling", [("N4c2s2", "uniform"), ("K2N3c2s2", "ramp"), ("K2N3c2s2", "doubling")])
+@pytest.mark.parametrize("scheme, filling", [("N4c2s2", "uniform"), *(("K2N3c2s2", filling) for filling in FILLINGS)])
 def test_a_video_steers_replays_and_resumes(pipeline, scheme, filling):
     rng = np.random.default_rng(1)
     video = np.repeat(rng.integers(0, 255, (1, 16, 16, 3), np.uint8), 100, axis=0)
@@ -255,7 +255,10 @@ def test_a_video_steers_replays_and_resumes(pipeline, scheme, filling):
         pipeline.replay(stream.log())
 
 
-@pytest.mark.parametrize("scheme, filling", [("N4c2s2", "uniform"), ("K3N5c1s2", "doubling"), ("K2N3c2s2", "ramp")])
+@pytest.mark.parametrize(
+    "scheme, filling",
+    [("N4c2s2", "uniform"), ("K3N5c1s2", "uniform"), ("K3N5c1s2", "doubling"), ("K2N3c2s2", "ramp")],
+)
 def test_an_image_fills_the_buffer_and_is_the_first_reference(pipeline, scheme, filling):
     image = np.random.default_rng(2).integers(0, 255, (16, 16, 3), np.uint8)
     still = np.repeat(image[None, None], 32, axis=1).astype(np.float32) / 127.5 - 1

@@ -92,6 +92,13 @@ def test_receipts_tell_when_a_prompt_is_seen(spelling, filling, per_chunk):
                 assert np.all((heard < 1e-4) | (heard > 1 - 1e-4)), "no frame hears two prompts"
 
 
+def test_a_receipt_after_a_year_is_as_soon_made():
+    """A stream has no end, and what it is asked must not grow with its length."""
+    table = Timetable(PartitionScheme.parse("N4c2s1"), "doubling", 1)
+    at = table.fill_steps + 10**10
+    assert table.receipt(at, 0) == (at, 2 * 10**10, 2 * 10**10 + 6)
+
+
 def test_an_interpolation_moves_by_micro_step_and_may_be_interrupted():
     table = Timetable(PartitionScheme.parse("N2c1s2"), "uniform", 1)
     steering = Steering(table, encode, prompt="0", guidance=1, strength=0)

@@ -25,11 +25,12 @@ from streamdit_jax.evaluation.accuracy import (
     wanted,
 )
 from streamdit_jax.evaluation.batched import StreamBatch, videos
+from streamdit_jax.partition import FILLINGS
 from streamdit_jax.pipeline import Pipeline, load
 
 FEATURE_WINDOWS = 4  # one-second windows of each clip's end: the same number for a stream and for one short clip
 TIMED_CHUNKS = 4
-_ROW = re.compile(r"(.+):([KN][^:]*):([^:]+?)(?::(uniform|ramp|doubling))?")
+_ROW = re.compile(rf"(.+):([KN][^:]*):([^:]+?)(?::({'|'.join(FILLINGS)}))?")
 
 
 class Row(NamedTuple):

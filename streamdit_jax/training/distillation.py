@@ -33,6 +33,7 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
     """
     scheme = PartitionScheme.parse(stage.scheme)
     start = distill.starts(scheme, stage.teacher_steps)
+    masked = any(share > 0 and stream.is_masked(filling) for filling, share in stage.filling_shares().items())
     dit = DiT(config.dit)
     empty_tokens, empty_mask = tokenize("", max_tokens(config.text))
 
@@ -57,9 +58,9 @@ def distillation(config: Config, stage: DistillationStage, teacher: dict[str, An
         levels, exist, scored = distill.draw_starts(level_key, start, size, constants["shares"])
         rolled = int(stage.rollout_share * size)
         if rolled:  # they are at the first micro step of streaming
-            levels, exist = levels.at[:rolled].set(start.streaming[0]), exist.at[:rolled].set(True)
+            levels, exist = levels.at[:rolled].set(start.streaming.levels[0]), exist.at[:rolled].set(True)
             scored = scored.at[:rolled].set(scheme.chunk_ids() >= 0)
-        present = exist if stage.ramp_share or stage.doubling_share else None
+        present = exist if masked else None
         share = constants["switch_share"] * at_several_levels(levels[:, 0], scored)
         clean = splice(jax.random.fold_in(key, 1), batch["latents"], share)
         place = jnp.zeros(size, jnp.int32)

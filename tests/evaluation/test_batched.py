@@ -10,7 +10,8 @@ PROMPTS = ["a red car", "a blue bus at night", "a truck"]
 
 
 @pytest.mark.parametrize(
-    "scheme, filling, guidance", [("N4c2s2", "uniform", 2.0), ("N4c2s2", "ramp", 1.0), ("K2N3c2s1", "doubling", 1.0)]
+    "scheme, filling, guidance",
+    [("N4c2s2", "uniform", 2.0), ("N4c2s2", "ramp", 1.0), ("K2N3c2s1", "uniform", 1.0), ("K2N3c2s1", "doubling", 1.0)],
 )
 def test_a_batch_is_its_streams(pipeline, scheme, filling, guidance):
     """To rounding: the same seeds and prompts, one by one; also after the prompts are changed."""
