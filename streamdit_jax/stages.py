@@ -7,7 +7,7 @@ begins with the field's name.
 import dataclasses
 
 from streamdit_jax import partition
-from streamdit_jax.partition import FILLINGS, PartitionScheme
+from streamdit_jax.partition import PartitionScheme
 
 MAIN = "main"  # the bucket of a stage's own shape
 
@@ -355,7 +355,7 @@ class DistillationStage(StageConfig):
 
     def filling_shares(self) -> dict[str, float]:
         """Of the inputs that the student did not make itself, by filling; the rest is at the levels of streaming."""
-        return {filling: getattr(self, f"{filling}_share") for filling in FILLINGS}
+        return {"uniform": self.uniform_share, "ramp": self.ramp_share, "doubling": self.doubling_share}
 
 
 @dataclasses.dataclass(frozen=True)
