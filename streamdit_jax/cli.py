@@ -152,6 +152,7 @@ def _evaluate(arguments) -> int:
         scheme=arguments.scheme,
         guidance=arguments.guidance,
         filling=arguments.filling,
+        refill=arguments.refill,
         split=arguments.split,
         batch=arguments.batch,
         seed=arguments.seed,
@@ -248,6 +249,7 @@ def _serve(arguments) -> int:
         idle_seconds=arguments.idle_seconds,
         scheme=arguments.scheme,
         filling=arguments.filling,
+        refill=arguments.refill,
         programs=programs,
     )
     return 0

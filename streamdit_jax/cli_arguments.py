@@ -19,6 +19,10 @@ def make_parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
         added.set_defaults(run=runs[name])
         return added
 
+    def refill(added):
+        text = "chunks after a change of prompt until the buffer is filled anew; 0 for never"
+        added.add_argument("--refill", type=int, metavar="CHUNKS", help=text)
+
     def sampling(added):
         added.add_argument(
             "--model", default="roadtrip", help="a bundled model's name, or a directory that train wrote"
@@ -44,6 +48,7 @@ def make_parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
         "--strength", type=float, default=0.6, help="how far to leave them behind: 0 keeps them, 1 forgets them"
     )
     stream.add_argument("--filling", choices=FILLINGS, help="how the buffer is filled")
+    refill(stream)
     stream.add_argument("--sheet", metavar="FILE.png", help="also write a strip of frames")
     stream.add_argument("--quiet", action="store_true", help="no progress bar")
     sampling(stream)
@@ -91,6 +96,7 @@ def make_parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
     )
     evaluate.add_argument("--batch", type=int, default=8, help="streams in one forward")
     evaluate.add_argument("--filling", choices=FILLINGS, help="how buffers are filled")
+    refill(evaluate)
     evaluate.add_argument("--sheet", metavar="FILE.png", help="write a contact sheet of the first ones")
     evaluate.add_argument(
         "--row",
@@ -136,6 +142,7 @@ def make_parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
     serve.add_argument("--model", default="roadtrip", help="a bundled model's name, or a directory that train wrote")
     serve.add_argument("--scheme", help="partition scheme, such as N8c2s2; the model's own by default")
     serve.add_argument("--filling", choices=FILLINGS, help="how a stream's buffer is filled")
+    refill(serve)
     serve.add_argument("--host", default="127.0.0.1", help="where to listen; beyond this machine only with --token")
     serve.add_argument("--port", type=int, default=8000, help="0 takes a free one; what it is, is printed")
     serve.add_argument("--token", help="what viewers must know; the environment's STREAMDIT_TOKEN otherwise")

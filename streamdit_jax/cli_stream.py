@@ -67,6 +67,7 @@ def stream(arguments, enable_caches: Callable[[], Any]) -> int:
         scheme=arguments.scheme,
         guidance=arguments.guidance,
         filling=arguments.filling,
+        refill=arguments.refill,
         strength=arguments.strength,
         **_inputs(arguments, data.height, data.width, rate),
     )

@@ -71,6 +71,11 @@ def begin(
     return streaming.initial_state(keys, scheme, frame, filling, source=source, references=references)
 
 
+def renew(scheme: PartitionScheme, _: None, state: streaming.StreamState) -> streaming.StreamState:
+    """A buffer that is to be filled anew."""
+    return streaming.renew(state, scheme)
+
+
 def streaming_step(config: DiTConfig, scheme: PartitionScheme, masked: bool, compiled: Callable | None = None) -> Any:
     """The jitted (params, state, row, condition, source=None) → (state, front) behind `Pipeline.step`; the state is
     donated. `streamdit plan` compiles it for devices that are not there. compiled: in place of `jax.jit`, with the

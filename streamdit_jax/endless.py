@@ -32,6 +32,7 @@ START = {
     "prompt": str,
     "scheme": str,
     "filling": str,
+    "refill": int,
     "guidance": float,
     "strength": float,
     "per_chunk_prompts": bool,
@@ -64,7 +65,11 @@ class Stream(Iterator[np.ndarray]):
         """
         self._pipeline, self.scheme = pipeline, PartitionScheme.parse(start["scheme"])
         self.table = Timetable(
-            self.scheme, start["filling"], pipeline.config.tae.compression[0], given_references=start["image"]
+            self.scheme,
+            start["filling"],
+            pipeline.config.tae.compression[0],
+            given_references=start["image"],
+            refill=start["refill"],
         )
         steered = {name: start[name] for name in ("prompt", "guidance", "strength", "per_chunk_prompts")}
         self.steering = Steering(self.table, pipeline.encode_prompt, **steered)
@@ -180,6 +185,8 @@ class Stream(Iterator[np.ndarray]):
         """What the next forward takes; the stream counts it as done, and waits for `finish`."""
         while self._due and self._due[0]["step"] <= self.step:
             self._happen(self._due.popleft())
+        if self.table.renews(self.step):
+            self.state = self._pipeline.renew(self.scheme, self.state)
         row = self._pipeline.row(self.table, self.step)
         source = self._enter() if self.next_advances else self._pipeline.no_source(self.scheme)
         if self._weight is None or self._weight[0] != self.guidance:
@@ -328,6 +335,7 @@ def checked_log(log: Any) -> dict[str, Any]:
 
     if not isinstance(log, dict) or log.get("format") != LOG_FORMAT or not isinstance(log.get("events"), list):
         raise ConfigError(f"log: is no log of a stream of format {LOG_FORMAT}")
+    log = {"refill": 0, **log}  # those of 0.1.0 have none
     for name, kind in {**START, "fingerprint": str, "steps": int}.items():
         if not fits(log, {name: kind}):
             raise ConfigError(f"log: {name}: {log.get(name)!r} is no {kind.__name__}")

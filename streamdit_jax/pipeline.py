@@ -116,6 +116,11 @@ class Pipeline:
             )
         return scheme
 
+    def refill(self, scheme: PartitionScheme, filling: str, per_chunk_prompts: bool = False) -> int:
+        """The model's own `refill`, where streams of this kind can be filled anew; 0 elsewhere."""
+        can_be = filling == "doubling" and not scheme.num_references and not per_chunk_prompts
+        return self.config.sampling.refill if can_be else 0
+
     def stream(
         self,
         prompt: str,
@@ -128,6 +133,7 @@ class Pipeline:
         image: np.ndarray | None = None,
         strength: float = 0.6,
         per_chunk_prompts: bool = False,
+        refill: int | None = None,
     ) -> Stream:
         """An endless video: an iterator of uint8 [frames, height, width, 3].
 
@@ -138,15 +144,19 @@ class Pipeline:
         strength: frames stay on the path to their input up to level 1 − strength: 0 is the input, 1 leaves nothing of
             it.
         per_chunk_prompts: each chunk keeps the prompt that it entered with.
+        refill: so many chunks after a change of prompt the buffer is filled anew from a frame, so that motion follows
+            the prompt, too; 0 for never. The model's own unless given, where the buffer doubles and has no references.
 
         Raises ConfigError, naming the field, for what cannot be, and StreamDiTError for a prompt that is too long.
         """
-        sampling = self.config.sampling
+        sampling, scheme = self.config.sampling, self.scheme(scheme)
+        filling = filling or sampling.filling
         start = {
             "seed": seed,
             "prompt": prompt,
-            "scheme": str(self.scheme(scheme)),
-            "filling": filling or sampling.filling,
+            "scheme": str(scheme),
+            "filling": filling,
+            "refill": self.refill(scheme, filling, per_chunk_prompts) if refill is None else refill,
             "guidance": sampling.guidance if guidance is None else guidance,
             "strength": strength,
             "per_chunk_prompts": bool(per_chunk_prompts),
@@ -204,8 +214,18 @@ class Pipeline:
             self._starts[shape, filling] = self._compiled("initial_state", begin, shape, filling)
         number = np.array([int(seed) % 2**32], np.uint32)
         stream.state = self._starts[shape, filling](None, number, source, stream.unshown)
+        if stream.table.refill:  # compiled now, and not in the middle of a video
+            jax.block_until_ready(self.renew(scheme, jax.tree.map(jnp.copy, stream.state)))
         stream.listen()
         return stream
+
+    def renew(self, scheme: PartitionScheme, state: streaming.StreamState) -> streaming.StreamState:
+        """A state of these streams with its buffer to be filled anew (`stream.renew`); the former one is donated."""
+        shape = PartitionScheme(0, scheme.num_chunks, scheme.chunk_size, 1)
+        if ("renew", shape) not in self._steps:
+            renew = functools.partial(compiled.renew, shape)
+            self._steps["renew", shape] = self._compiled("renew", renew, shape, donate_argnums=(1,))
+        return self._steps["renew", shape](None, state)
 
     def resume(self, snapshot: "Snapshot | str | Path", *, video: Iterable[np.ndarray] | None = None) -> Stream:
         """Continues a stream where `Stream.snapshot` left it, bit for bit. CheckpointError for another model's or a

@@ -12,6 +12,9 @@ together and keeps, for each place of the buffer, the snapshot at that place's l
 chunk and lets the others enter one by one; `doubling`, which is not the paper's, makes one frame clean, then the next
 given the first, then two given two, four given four, and keeps snapshots as `uniform` does.
 
+Filling anew, which is not the paper's either, is doubling in the middle of a stream: of its buffer only the first
+frame, made clean, is kept (`renew`), and the others are made after it, under the prompt of now.
+
 A batch is independent streams: each has its own row, so that one may fill while another shifts and a third is idle.
 The noise of chunk i is drawn from fold_in(key, i): a stream is the same however it is cut, resumed or batched.
 
@@ -136,7 +139,9 @@ def filling_rows(scheme: PartitionScheme, filling: str = "uniform", *, given_ref
     """
     chunk, size = scheme.chunk_ids(), scheme.buffer_size
     if filling == "doubling":
-        return _doubling_rows(scheme, given_references)
+        # The step of a block after which a frame is as clean as its place in the buffer asks.
+        place = np.where(chunk < 0, scheme.total_steps, (scheme.num_chunks - 1 - chunk) * scheme.micro_steps)
+        return _doubling_rows(scheme, place, (chunk < 0) & given_references)
     if filling == "uniform":
         makes_references = scheme.num_references > 0 and not given_references
         steps = scheme.total_steps if makes_references else scheme.total_steps - scheme.micro_steps
@@ -168,21 +173,33 @@ def filling_rows(scheme: PartitionScheme, filling: str = "uniform", *, given_ref
     raise ValueError(f"filling: {filling!r} is not one of {', '.join(FILLINGS)}")
 
 
-def _doubling_rows(scheme: PartitionScheme, given_references: bool) -> Row:
-    """A block after another, until every frame is as clean as its place asks; the last one no further than that."""
-    chunk, size = scheme.chunk_ids(), scheme.buffer_size
-    # The step of a block after which a frame is as clean as its place in the buffer asks.
-    place = np.where(chunk < 0, scheme.total_steps, (scheme.num_chunks - 1 - chunk) * scheme.micro_steps)
-    blocks = np.where((chunk < 0) & given_references, -1, scheme.doubling_blocks())
+def refilling_rows(scheme: PartitionScheme) -> Row:
+    """The rows that fill a buffer anew, by doubling, from its first frame: after the last micro step of a move, which
+    must not advance, and `renew`. They end with that advance. None where a buffer is one frame.
+
+    ValueError for a scheme with references, which would bring back what they show.
+    """
+    if scheme.num_references:
+        raise ValueError(f"refill: {scheme} has references, which would bring back what is to change; set it to 0")
+    chunk = scheme.chunk_ids()
+    rows = _doubling_rows(scheme, (scheme.num_chunks - chunk) * scheme.micro_steps, np.arange(len(chunk)) == 0)
+    return rows._replace(advance=rows.adopt)
+
+
+def _doubling_rows(scheme: PartitionScheme, place: Int[np.ndarray, "B"], given: Bool[np.ndarray, "B"]) -> Row:
+    """A block after another, of the frames that are not given, until every frame has taken the steps of its place; the
+    last block no more than that.
+    """
+    blocks = np.where(given, -1, scheme.doubling_blocks())
     wanted = sorted(set(blocks[(place > 0) & (blocks >= 0)]))
     lengths = [scheme.total_steps for _ in wanted[:-1]] + [place[blocks == last].max() for last in wanted[-1:]]
     row_block = np.repeat(np.array(wanted, np.int32), lengths)[:, None]
     reached = np.concatenate([np.zeros((0, 1), int), *(np.arange(1, length + 1)[:, None] for length in lengths)])
     levels = [scheme.doubling_levels(block) for block in wanted]
     pairs = [np.stack([of[:length], of[1 : length + 1]], axis=1) for of, length in zip(levels, lengths)]
-    levels = np.concatenate([np.zeros((0, 2, size), np.float32), *pairs])
+    levels = np.concatenate([np.zeros((0, 2, scheme.buffer_size), np.float32), *pairs])
     return Row(
-        levels=np.where(blocks < 0, np.float32(1), levels),
+        levels=np.where(given, np.float32(1), levels),
         enter=row_block == blocks,
         keep=(row_block == blocks) & (reached == place),
         adopt=np.arange(len(levels)) == len(levels) - 1,
@@ -235,6 +252,20 @@ def initial_state(
         present=present,
         keys=keys,
         next_chunk=jnp.full(len(keys), scheme.num_chunks, jnp.uint32),
+    )
+
+
+def renew(state: StreamState, scheme: PartitionScheme) -> StreamState:
+    """The buffer with its first frame alone; the others are the noise again that they were when they entered, and do
+    not exist yet. For schemes without references; `refilling_rows` follow.
+    """
+    c, chunks = scheme.chunk_size, range(scheme.num_chunks)
+    entered = [state.next_chunk - np.uint32(scheme.num_chunks - chunk) for chunk in chunks]
+    frame = state.buffer.shape[2:]
+    noise = jnp.concatenate([chunk_noise(state.keys, chunk, (c, *frame)) for chunk in entered], axis=1)
+    first = jnp.broadcast_to(jnp.arange(scheme.buffer_size) == 0, state.present.shape)
+    return state._replace(
+        buffer=_where(first, state.buffer, noise), queue=_where(first, state.buffer, state.queue), present=first
     )
 
 

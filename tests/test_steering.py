@@ -52,6 +52,8 @@ def run(table, steering, changes, steps):
         assert table.frames_shown(now) == LATENT_FRAMES * sum(map(len, shown))
         if touched is None and receipts and np.any(np.asarray(steering.text(now)[0][1])[..., -1]):
             touched = sum(map(len, shown))
+        if table.renews(now):
+            state = streaming.renew(state, scheme)
         row = table.row(now)
         condition = streaming.Condition(steering.text(now), steering.text(now), np.ones(1, np.float32))
         state, front = step(state, row, condition)
@@ -92,11 +94,55 @@ def test_receipts_tell_when_a_prompt_is_seen(spelling, filling, per_chunk):
                 assert np.all((heard < 1e-4) | (heard > 1 - 1e-4)), "no frame hears two prompts"
 
 
+@pytest.mark.parametrize("spelling", ["N4c2s3", "N3c1s1", "N1c4s2", "N2c3s2"])
+@pytest.mark.parametrize("refill", [1, 2])
+def test_receipts_of_streams_that_are_filled_anew(spelling, refill):
+    """Changes before, within and after the filling, alone and while the buffer is filled anew for another one."""
+    scheme = PartitionScheme.parse(spelling)
+    fill, s = Timetable(scheme, "doubling", 1).fill_steps, scheme.micro_steps
+    anew = len(streaming.refilling_rows(scheme).adopt)
+    first = fill + s
+    begin = first + (refill + 1) * s  # of the renewal that the first change brings
+    alone = [({at: ("1", over)}, over) for at in (0, 1, fill, first, first + s - 1) for over in (0, 2)]
+    after = [begin - 1, begin, begin + 1, begin + anew // 2, begin + anew - 1, begin + anew, begin + anew + s]
+    second = [({first: ("0.0", 0), at: ("1", over)}, over) for at in sorted(set(after)) for over in (0, 1)]
+    for changes, over in alone + second:
+        table = Timetable(scheme, "doubling", LATENT_FRAMES, refill=refill)
+        steering = Steering(table, encode, prompt="0", guidance=1, strength=0)
+        at = max(changes)
+        steps = at + (over + refill + scheme.num_chunks + 3) * s + fill + 2 * anew
+        heard, receipts, _ = run(table, steering, changes, steps)
+        touched = int(np.argmax(heard > 1e-4))
+        complete = int(np.argmax(np.minimum.accumulate((heard > 1 - 1e-4)[::-1])[::-1]))
+        assert receipts[-1] == (at, LATENT_FRAMES * touched, LATENT_FRAMES * complete), changes
+
+
+def test_a_change_that_comes_early_takes_the_place_of_a_renewal():
+    """A renewal that has not begun gives way to the next change's; one that has begun is brought to its end."""
+    table = Timetable(PartitionScheme.parse("N4c2s2"), "doubling", 1, refill=2)
+    at = table.fill_steps + 1
+    table.follow(at, 0)
+    [begin] = [step for step in range(at, at + 60) if table.renews(step)]
+    assert begin == table.fill_steps + 6 and not table.row(begin - 1).advance and table.row(begin).enter.any()
+    table.follow(begin - 1, 0)
+    assert not table.renews(begin) and table.renews(begin + 4)
+    table.follow(begin + 5, 0)
+    length = len(streaming.refilling_rows(table.scheme).adopt)
+    assert table.renews(begin + 4) and table.renews(begin + 4 + length + 4)
+    steps = range(begin + 4, begin + 4 + length)
+    assert [table.row(step).advance for step in steps] == [False] * (length - 1) + [True]
+    assert [table.steps_until_frames(step) for step in steps] == list(range(length, 0, -1))
+
+
 def test_a_receipt_after_a_year_is_as_soon_made():
     """A stream has no end, and what it is asked must not grow with its length."""
     table = Timetable(PartitionScheme.parse("N4c2s1"), "doubling", 1)
     at = table.fill_steps + 10**10
     assert table.receipt(at, 0) == (at, 2 * 10**10, 2 * 10**10 + 6)
+    table = Timetable(PartitionScheme.parse("N4c2s1"), "doubling", 1, refill=1)
+    for change in range(100):
+        table.follow(at + 1000 * change, 0)
+    assert len(table._renewals) <= 2
 
 
 def test_an_interpolation_moves_by_micro_step_and_may_be_interrupted():
@@ -166,6 +212,20 @@ def test_a_log_keeps_what_counted_and_brings_another_steering_to_the_same_place(
     for step in (6, 7, 9, 10):
         assert jax.tree.map(np.array_equal, other.text(step), steering.text(step)) == ((True, True),)
     assert calls == ["0", "5", "9"], "what is no longer heard is not encoded again"
+
+
+@pytest.mark.parametrize(
+    "spelling, filling, refill, message",
+    [
+        ("N4c2s1", "uniform", 1, "refill: is done by doubling, and the filling is uniform"),
+        ("K2N3c2s1", "doubling", 1, "refill: K2N3c2s1 has references"),
+        ("N4c2s1", "doubling", -1, "refill: a whole number of chunks"),
+        ("N4c2s1", "doubling", 1.5, "refill: a whole number of chunks"),
+    ],
+)
+def test_what_cannot_be_filled_anew(spelling, filling, refill, message):
+    with pytest.raises(ValueError, match=message):
+        Timetable(PartitionScheme.parse(spelling), filling, 1, refill=refill)
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,49 @@ def test_doubling_makes_each_block_after_clean_ones(spelling):
     assert seen == lengths
 
 
+@pytest.mark.parametrize("spelling", ["N8c2s3", "N4c1s2p2", "N1c8s2"])
+def test_filling_anew_keeps_one_frame(spelling):
+    """The first frame of what would have left is kept; the others are made after it of the noise that they were, and
+    the stream goes on as if the buffer had always been so.
+    """
+    scheme, keys = PartitionScheme.parse(spelling), jax.random.split(jax.random.key(7), 2)
+    c, s, T = scheme.chunk_size, scheme.micro_steps, scheme.total_steps
+    rows = program(scheme, "doubling", 2)
+    rows[-1] = rows[-1]._replace(advance=np.bool_(False))
+    state = stream.initial_state(keys, scheme, FRAME, "doubling")
+    noise = np.concatenate([stream.chunk_noise(keys, i, (c, *FRAME)) for i in range(1, scheme.num_chunks + 1)], axis=1)
+    for row in rows:
+        state, _ = stream.step(coupled, state, row, condition(batch=2), scheme)
+    kept = np.asarray(state.buffer[:, :1])
+    state = stream.renew(state, scheme)
+    np.testing.assert_array_equal(state.buffer, np.concatenate([kept, noise[:, 1:]], axis=1))
+    seen = []
+
+    def velocity(latents, text, levels, present):
+        jax.debug.callback(lambda *x: seen.append([np.asarray(y[0]) for y in x]), levels, present, ordered=True)
+        return coupled(latents, text, levels)
+
+    anew = stream.refilling_rows(scheme)
+    for index in range(len(anew.adopt)):
+        state, front = stream.step(velocity, state, stream.row_at(anew, index), condition(batch=2), scheme, masked=True)
+    jax.effects_barrier()
+    blocks = [0, 1, 2, 2, 3, 3, 3, 3, *[4] * 8][: scheme.buffer_size]
+    for levels, present in seen:
+        block = max(np.asarray(blocks)[present])
+        assert np.array_equal(present, np.less_equal(blocks, block)) and np.all(levels[np.less(blocks, block)] == 1)
+    np.testing.assert_array_equal(front[:, :1], kept)
+    assert front.shape[1] == c and state.present.all() and np.all(state.next_chunk == scheme.num_chunks + 2)
+    # What is left stands at the levels of streaming: a field that knows only the noise says how far each frame came.
+    state = stream.renew(state._replace(buffer=jnp.zeros_like(state.buffer)), scheme)
+    begun = np.asarray(state.buffer)
+    for index in range(len(anew.adopt)):
+        row = stream.row_at(anew, index)._replace(advance=np.bool_(False))
+        state, _ = stream.step(lambda x, *_: jnp.ones_like(x), state, row, condition(batch=2), scheme)
+    came = (np.asarray(state.buffer) - begun)[0, 1:, 0, 0, 0]
+    steps = (scheme.num_chunks - scheme.chunk_ids()[1:]) * s
+    np.testing.assert_allclose(came, scheme.grid()[np.minimum(steps, T)], atol=1e-5)
+
+
 def test_unknown_filling():
     with pytest.raises(ValueError, match="filling"):
         stream.filling_rows(PartitionScheme.parse("N2c1s1"), "magic")

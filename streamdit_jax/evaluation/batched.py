@@ -12,6 +12,7 @@ from streamdit_jax import stream as streaming
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.pipeline import Pipeline
+from streamdit_jax.steering import Timetable
 
 
 class StreamBatch(Iterator[np.ndarray]):
@@ -31,25 +32,26 @@ class StreamBatch(Iterator[np.ndarray]):
         scheme: PartitionScheme | str | None = None,
         guidance: float | None = None,
         filling: str | None = None,
+        refill: int | None = None,
     ):
-        """scheme, guidance, filling: the model's own unless given. Raises as `Pipeline.stream`."""
+        """scheme, guidance, filling, refill: the model's own unless given. Raises as `Pipeline.stream`."""
         sampling = pipeline.config.sampling
         self._pipeline, self.scheme = pipeline, pipeline.scheme(scheme)
         self.guidance = sampling.guidance if guidance is None else float(guidance)
         self.filling = filling or sampling.filling
+        self.refill = pipeline.refill(self.scheme, self.filling) if refill is None else refill
         try:
-            self._fill = streaming.filling_rows(self.scheme, self.filling)
+            self._table = Timetable(self.scheme, self.filling, pipeline.latent_frames, refill=self.refill)
         except ValueError as mistake:
             raise ConfigError(str(mistake)) from None
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"prompts: {len(prompts)} for {len(seeds)} seeds; a batch needs one of each per stream")
-        self._flow = streaming.streaming_rows(self.scheme)
         keys = jax.vmap(jax.random.key)(jnp.asarray([seed % 2**32 for seed in seeds], jnp.uint32))
         self._state = streaming.initial_state(keys, self.scheme, pipeline.config.dit.latent[1:], self.filling)
         self._weight = np.full(len(prompts), self.guidance, np.float32)
         self._null = self._encode([""] * len(prompts))
+        self._decoder, self._step = None, 0
         self.change(prompts)
-        self._decoder, self._row = None, 0
         self.seconds, self.forwards, self.emitted = {"forward": 0.0, "decode": 0.0}, 0, 0
 
     def _encode(self, prompts: Sequence[str]) -> Any:
@@ -59,20 +61,19 @@ class StreamBatch(Iterator[np.ndarray]):
     def change(self, prompts: Sequence[str]) -> None:
         """New prompts, one per stream, from the next micro step on."""
         self._text = self._encode(prompts)
+        self._table.follow(self._step, 0)
 
     def forward(self) -> jax.Array | None:
         """One micro step; the clean latents [batch, frames, h, w, C] if frames left the buffers."""
-        fill = len(self._fill.adopt)
-        if self._row < fill:
-            row = streaming.row_at(self._fill, self._row)
-        else:
-            row = streaming.row_at(self._flow, (self._row - fill) % self.scheme.micro_steps)
+        if self._table.renews(self._step):
+            self._state = self._pipeline.renew(self.scheme, self._state)
+        row = self._table.row(self._step)
         condition = streaming.Condition(self._text, self._null, self._weight)
         step = self._pipeline.step(self.scheme, masked=streaming.is_masked(self.filling))
         self._state, front = step(self._state, row, condition)
-        self._row += 1
+        self._step += 1
         self.forwards += 1
-        if row.adopt and self.scheme.num_references:
+        if self._table.shows_references(self._step - 1):
             return self._state.buffer[:, : self.scheme.num_references]
         return front if row.advance else None
 

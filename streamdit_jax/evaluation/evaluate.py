@@ -43,6 +43,7 @@ def run(
     scheme: str | None = None,
     guidance: float | None = None,
     filling: str | None = None,
+    refill: int | None = None,
     split: str | None = None,
     batch: int = 8,
     seed: int = 0,
@@ -74,6 +75,7 @@ def run(
         ("--table", table, ("samplers",)),
         ("--sheet", sheet, ("autoencoder", "streams", "long")),
         *((f"--{name}", value, ("streams", "long", "switch")) for name, value in sampling.items()),
+        ("--refill", refill, ("switch",)),
     ):
         if given not in (None, []) and what not in reports:
             raise ConfigError(f"{option}: is for {', '.join(reports)}, not for {what}")
@@ -90,7 +92,7 @@ def run(
         elif what == "long":
             report = long_streams(pipeline, prompts, seconds, seed, sheet=sheet, **common, **sampling)
         else:
-            report = switches(pipeline, prompts, seconds, seed, **common, **sampling)
+            report = switches(pipeline, prompts, seconds, seed, refill=refill, **common, **sampling)
         report = {"model": model, **report}
     return {
         "what": what,

@@ -50,7 +50,7 @@ class Engine:
     """Serves live streams of one pipeline; a context manager, or `start` and `close`.
 
     slots: how many sessions there may be. scheme, filling: of all of them; the model's own unless given. queue_chunks:
-    chunks of a session that may wait to be taken. per_chunk_prompts: each chunk keeps the prompt it entered with.
+    chunks of a session that may wait to be taken. per_chunk_prompts, refill: as `Pipeline.stream`.
 
     Raises ConfigError, naming the field.
     """
@@ -64,13 +64,14 @@ class Engine:
         filling: str | None = None,
         queue_chunks: int = 2,
         per_chunk_prompts: bool = False,
+        refill: int | None = None,
     ):
         for name, value in (("slots", slots), ("queue_chunks", queue_chunks)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024:
                 raise ConfigError(f"{name}: a whole number from 1 to 1024, not {value!r}")
         self.pipeline, self.slots, self.queue_chunks = pipeline, slots, queue_chunks
         self.changed = threading.Condition()
-        self.streams = Streams(pipeline, scheme, filling, per_chunk_prompts, self.changed)
+        self.streams = Streams(pipeline, scheme, filling, per_chunk_prompts, refill, self.changed)
         self.scheme, self.filling = self.streams.scheme, self.streams.filling
         self.batches = Batches(pipeline, self.scheme, self.filling, slots)
         self._sessions: list[Session] = []

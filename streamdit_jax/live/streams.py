@@ -7,13 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from streamdit_jax import stream as streaming
 from streamdit_jax.endless import Stream
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.text_cache import CachedText, Text
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.pipeline import Pipeline
 from streamdit_jax.snapshot import Snapshot
+from streamdit_jax.steering import KEEPS_PROMPTS, Timetable
 from streamdit_jax.video_input import Camera, ReadAhead, frames_of
 
 PIECES_AHEAD = 2  # of a video that is read before they are needed
@@ -22,7 +22,8 @@ PIECES_AHEAD = 2  # of a video that is read before they are needed
 class Streams:
     """Streams of one scheme, one filling and one kind of prompts, which can share forwards.
 
-    changed: the engine's lock. Raises ConfigError, naming the field, for a scheme or a filling that cannot be.
+    refill: as `Pipeline.stream`. changed: the engine's lock. Raises ConfigError, naming the field, for a scheme, a
+    filling or a refill that cannot be.
     """
 
     def __init__(
@@ -31,20 +32,24 @@ class Streams:
         scheme: PartitionScheme | str | None,
         filling: str | None,
         per_chunk_prompts: bool,
+        refill: int | None,
         changed: threading.Condition,
     ):
         self._pipeline, self._changed = pipeline, changed
         self.scheme, self.filling = pipeline.scheme(scheme), filling or pipeline.config.sampling.filling
         self.per_chunk_prompts = per_chunk_prompts
+        self.refill = pipeline.refill(self.scheme, self.filling, per_chunk_prompts) if refill is None else refill
         try:
-            streaming.filling_rows(self.scheme, self.filling)
+            table = Timetable(self.scheme, self.filling, pipeline.latent_frames, refill=self.refill)
         except ValueError as mistake:
             raise ConfigError(str(mistake)) from None
+        if table.refill and per_chunk_prompts:
+            raise ConfigError(KEEPS_PROMPTS)
 
     def new(self, prompt: str, seed: int = 0, **how: Any) -> Stream:
         """As `Pipeline.stream`."""
-        of_all = {"scheme": self.scheme, "filling": self.filling, "per_chunk_prompts": self.per_chunk_prompts}
-        return self._pipeline.stream(prompt, seed, **of_all, **how)
+        of_all = {"scheme": self.scheme, "filling": self.filling, "refill": self.refill}
+        return self._pipeline.stream(prompt, seed, per_chunk_prompts=self.per_chunk_prompts, **of_all, **how)
 
     def heard(self, prompt: str) -> tuple[Text, CachedText | None]:
         """A prompt's encoding, and what the step takes of it alone: here, and not before the next forward."""

@@ -76,6 +76,7 @@ def serve(
     idle_seconds: float = 600.0,
     scheme: str | None = None,
     filling: str | None = None,
+    refill: int | None = None,
     programs: Programs | None = None,
     say=print,
 ) -> None:
@@ -94,7 +95,7 @@ def serve(
         pipeline = load(model, programs=programs)
         print(f"streamdit: compiling {model} for {sessions} sessions …", file=sys.stderr, flush=True)
         # One chunk that is ready and no more: what lies in a queue is what a new prompt waits for.
-        with Engine(pipeline, sessions, scheme=scheme, filling=filling, queue_chunks=1) as engine:
+        with Engine(pipeline, sessions, scheme=scheme, filling=filling, refill=refill, queue_chunks=1) as engine:
             data = pipeline.config.data
             service = Service(
                 engine,

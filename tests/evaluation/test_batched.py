@@ -10,12 +10,18 @@ PROMPTS = ["a red car", "a blue bus at night", "a truck"]
 
 
 @pytest.mark.parametrize(
-    "scheme, filling, guidance",
-    [("N4c2s2", "uniform", 2.0), ("N4c2s2", "ramp", 1.0), ("K2N3c2s1", "uniform", 1.0), ("K2N3c2s1", "doubling", 1.0)],
+    "scheme, filling, guidance, refill",
+    [
+        ("N4c2s2", "uniform", 2.0, 0),
+        ("N4c2s2", "ramp", 1.0, 0),
+        ("K2N3c2s1", "uniform", 1.0, 0),
+        ("K2N3c2s1", "doubling", 1.0, 0),
+        ("N4c2s2", "doubling", 1.0, 1),
+    ],
 )
-def test_a_batch_is_its_streams(pipeline, scheme, filling, guidance):
+def test_a_batch_is_its_streams(pipeline, scheme, filling, guidance, refill):
     """To rounding: the same seeds and prompts, one by one; also after the prompts are changed."""
-    sampling = {"scheme": scheme, "filling": filling, "guidance": guidance}
+    sampling = {"scheme": scheme, "filling": filling, "guidance": guidance, "refill": refill}
     streams = batched.StreamBatch(pipeline, PROMPTS, [5, 6, 2**31 + 7], **sampling)
     alone = [pipeline.stream(prompt, seed, **sampling) for prompt, seed in zip(PROMPTS, [5, 6, 2**31 + 7])]
     for count in range(4):
