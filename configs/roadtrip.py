@@ -21,7 +21,7 @@ def get_config() -> ml_collections.ConfigDict:
     config.dit.windows = ((16, 2, 8), (4, 8, 8))
     config.sampling.scheme = "N8c2s16"
     config.sampling.filling = "doubling"
-    config.sampling.refill = 4
+    config.sampling.refill = "2:0.875"
 
     config.training = ml_collections.ConfigDict()
     stage = config.training.flow_matching = ml_collections.ConfigDict()

@@ -20,8 +20,8 @@ def make_parser(runs: Mapping[str, Callable[[argparse.Namespace], int]]) -> argp
         return added
 
     def refill(added):
-        text = "chunks after a change of prompt until the buffer is filled anew; 0 for never"
-        added.add_argument("--refill", type=int, metavar="CHUNKS", help=text)
+        text = "how long after a change of prompt the buffer is filled anew, as 2:0.875; 0 for never"
+        added.add_argument("--refill", metavar="CHUNKS[:STRENGTH]", help=text)
 
     def sampling(added):
         added.add_argument(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from streamdit_jax import stream as streaming
 from streamdit_jax.models.dit import DiT, DiTConfig
@@ -71,9 +72,11 @@ def begin(
     return streaming.initial_state(keys, scheme, frame, filling, source=source, references=references)
 
 
-def renew(scheme: PartitionScheme, _: None, state: streaming.StreamState) -> streaming.StreamState:
-    """A buffer that is to be filled anew."""
-    return streaming.renew(state, scheme)
+def renew(
+    scheme: PartitionScheme, _: None, state: streaming.StreamState, level: jax.Array | np.float32
+) -> streaming.StreamState:
+    """A buffer that is to be filled anew, its first frame put back to a level."""
+    return streaming.renew(state, scheme, level)
 
 
 def streaming_step(config: DiTConfig, scheme: PartitionScheme, masked: bool, compiled: Callable | None = None) -> Any:

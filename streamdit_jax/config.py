@@ -20,7 +20,7 @@ from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.dit import DiTConfig
 from streamdit_jax.models.tae import TAEConfig
 from streamdit_jax.models.text import TextConfig
-from streamdit_jax.partition import FILLINGS, PartitionScheme
+from streamdit_jax.partition import FILLINGS, PartitionScheme, Refill
 from streamdit_jax.stages import TrainingConfig, require
 
 
@@ -55,14 +55,14 @@ class DataConfig:
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
     """How the model streams unless told otherwise. filling: uniform | ramp | doubling (StreamDiT §8, fig. 13;
-    `stream.filling_rows`). refill: chunks after a change of prompt at which a buffer that was filled by doubling is
-    filled anew; 0 for never.
+    `stream.filling_rows`). refill: when a buffer that was filled by doubling is filled anew, after a change of prompt
+    (`partition.Refill`).
     """
 
     scheme: str
     guidance: float = 1.0
     filling: str = "uniform"
-    refill: int = 0
+    refill: str = "0"
 
     def __post_init__(self):
         try:
@@ -70,7 +70,7 @@ class SamplingConfig:
         except ValueError as mistake:
             raise ValueError(f"scheme: {mistake}") from None
         require(self.filling in FILLINGS, f"filling: {self.filling!r} is not one of {', '.join(FILLINGS)}")
-        require(self.refill >= 0, f"refill: a number of chunks, 0 for never, not {self.refill}")
+        Refill.parse(self.refill)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ START = {
     "prompt": str,
     "scheme": str,
     "filling": str,
-    "refill": int,
+    "refill": str,
     "guidance": float,
     "strength": float,
     "per_chunk_prompts": bool,
@@ -186,7 +186,7 @@ class Stream(Iterator[np.ndarray]):
         while self._due and self._due[0]["step"] <= self.step:
             self._happen(self._due.popleft())
         if self.table.renews(self.step):
-            self.state = self._pipeline.renew(self.scheme, self.state)
+            self.state = self._pipeline.renew(self.scheme, self.state, self.table.renewal_level)
         row = self._pipeline.row(self.table, self.step)
         source = self._enter() if self.next_advances else self._pipeline.no_source(self.scheme)
         if self._weight is None or self._weight[0] != self.guidance:
@@ -335,7 +335,7 @@ def checked_log(log: Any) -> dict[str, Any]:
 
     if not isinstance(log, dict) or log.get("format") != LOG_FORMAT or not isinstance(log.get("events"), list):
         raise ConfigError(f"log: is no log of a stream of format {LOG_FORMAT}")
-    log = {"refill": 0, **log}  # those of 0.1.0 have none
+    log = {"refill": "0", **log}  # those of 0.1.0 have none
     for name, kind in {**START, "fingerprint": str, "steps": int}.items():
         if not fits(log, {name: kind}):
             raise ConfigError(f"log: {name}: {log.get(name)!r} is no {kind.__name__}")

@@ -129,6 +129,36 @@ class PartitionScheme:
         return PartitionScheme(0, 1, self.buffer_size, self.total_steps, self.power)
 
 
+@dataclasses.dataclass(frozen=True)
+class Refill:
+    """When a buffer is filled anew, spelled CHUNKS[:STRENGTH] as "2:0.875"; "0" for never (`stream.refilling_rows`).
+
+    chunks: so many leave between a change of prompt and this. strength: the share of its steps that the frame takes
+    again from which the buffer is filled: 0 keeps it as it is, 1 leaves nothing of it, which is a cut.
+    Raises ValueError, beginning with "refill: ", for what cannot be.
+    """
+
+    chunks: int
+    strength: float = 0.0
+
+    def __post_init__(self):
+        if not 0 <= self.chunks <= 10_000 or not 0 <= self.strength <= 1:
+            raise ValueError(f"refill: from 0 to 10000 chunks and a strength from 0 to 1, not {self}")
+
+    @classmethod
+    def parse(cls, spelling: "str | Refill") -> "Refill":
+        """The refill that a spelling such as "2:0.875" names."""
+        if isinstance(spelling, Refill):
+            return spelling
+        match = re.fullmatch(r"(\d+)(?::(\d+(?:\.\d*)?|\.\d+))?", str(spelling))
+        if match is None:
+            raise ValueError(f"refill: CHUNKS[:STRENGTH], as 2:0.875, or 0 for never; not {spelling!r}")
+        return cls(int(match[1]), float(match[2] or 0))
+
+    def __str__(self) -> str:
+        return f"{self.chunks}:{self.strength:g}" if self.strength else f"{self.chunks}"
+
+
 class Mixture(NamedTuple):
     """M schemes over one buffer of B frames as arrays: data to a compiled step, so that a mixture costs one
     compilation (§3.2).

@@ -22,7 +22,7 @@ from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
 from streamdit_jax.models.tae import initial_decoder_state, initial_encoder_state
 from streamdit_jax.models.text import tokenize, with_frame_rate
 from streamdit_jax.models.text_cache import CachedText, Text, cache_text
-from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.partition import PartitionScheme, Refill
 from streamdit_jax.programs import Programs
 from streamdit_jax.snapshot import Snapshot
 from streamdit_jax.steering import Timetable, side_by_side
@@ -116,10 +116,10 @@ class Pipeline:
             )
         return scheme
 
-    def refill(self, scheme: PartitionScheme, filling: str, per_chunk_prompts: bool = False) -> int:
-        """The model's own `refill`, where streams of this kind can be filled anew; 0 elsewhere."""
+    def refill(self, scheme: PartitionScheme, filling: str, per_chunk_prompts: bool = False) -> Refill:
+        """The model's own, where streams of this kind can be filled anew; none elsewhere."""
         can_be = filling == "doubling" and not scheme.num_references and not per_chunk_prompts
-        return self.config.sampling.refill if can_be else 0
+        return Refill.parse(self.config.sampling.refill if can_be else "0")
 
     def stream(
         self,
@@ -133,7 +133,7 @@ class Pipeline:
         image: np.ndarray | None = None,
         strength: float = 0.6,
         per_chunk_prompts: bool = False,
-        refill: int | None = None,
+        refill: Refill | str | None = None,
     ) -> Stream:
         """An endless video: an iterator of uint8 [frames, height, width, 3].
 
@@ -144,8 +144,8 @@ class Pipeline:
         strength: frames stay on the path to their input up to level 1 − strength: 0 is the input, 1 leaves nothing of
             it.
         per_chunk_prompts: each chunk keeps the prompt that it entered with.
-        refill: so many chunks after a change of prompt the buffer is filled anew from a frame, so that motion follows
-            the prompt, too; 0 for never. The model's own unless given, where the buffer doubles and has no references.
+        refill: when, after a change of prompt, the buffer is filled anew from a frame, so that motion follows the
+            prompt, too; "0" for never. The model's own unless given, where the buffer doubles and has no references.
 
         Raises ConfigError, naming the field, for what cannot be, and StreamDiTError for a prompt that is too long.
         """
@@ -156,7 +156,7 @@ class Pipeline:
             "prompt": prompt,
             "scheme": str(scheme),
             "filling": filling,
-            "refill": self.refill(scheme, filling, per_chunk_prompts) if refill is None else refill,
+            "refill": str(self.refill(scheme, filling, per_chunk_prompts) if refill is None else refill),
             "guidance": sampling.guidance if guidance is None else guidance,
             "strength": strength,
             "per_chunk_prompts": bool(per_chunk_prompts),
@@ -214,18 +214,18 @@ class Pipeline:
             self._starts[shape, filling] = self._compiled("initial_state", begin, shape, filling)
         number = np.array([int(seed) % 2**32], np.uint32)
         stream.state = self._starts[shape, filling](None, number, source, stream.unshown)
-        if stream.table.refill:  # compiled now, and not in the middle of a video
-            jax.block_until_ready(self.renew(scheme, jax.tree.map(jnp.copy, stream.state)))
+        if stream.table.refill.chunks:  # compiled now, and not in the middle of a video
+            jax.block_until_ready(self.renew(scheme, jax.tree.map(jnp.copy, stream.state), np.float32(1)))
         stream.listen()
         return stream
 
-    def renew(self, scheme: PartitionScheme, state: streaming.StreamState) -> streaming.StreamState:
+    def renew(self, scheme: PartitionScheme, state: streaming.StreamState, level: np.float32) -> streaming.StreamState:
         """A state of these streams with its buffer to be filled anew (`stream.renew`); the former one is donated."""
         shape = PartitionScheme(0, scheme.num_chunks, scheme.chunk_size, 1)
         if ("renew", shape) not in self._steps:
             renew = functools.partial(compiled.renew, shape)
             self._steps["renew", shape] = self._compiled("renew", renew, shape, donate_argnums=(1,))
-        return self._steps["renew", shape](None, state)
+        return self._steps["renew", shape](None, state, level)
 
     def resume(self, snapshot: "Snapshot | str | Path", *, video: Iterable[np.ndarray] | None = None) -> Stream:
         """Continues a stream where `Stream.snapshot` left it, bit for bit. CheckpointError for another model's or a
@@ -294,7 +294,8 @@ class Pipeline:
         """The row of a micro step, [1, …], on the device: they repeat, and streams share them, so that a forward takes
         nothing from the host.
         """
-        return self._row(table.row(step), "row", table.scheme, table.filling, table.given_references, table.place(step))
+        kind = table.scheme, table.filling, table.given_references, table.refill
+        return self._row(table.row(step), "row", *kind, table.place(step))
 
     def idle_row(self, scheme: PartitionScheme) -> streaming.Row:
         """The row that changes nothing, as `row`."""

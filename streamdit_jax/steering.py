@@ -13,7 +13,7 @@ is made of, and replay it exactly.
 
 What a video shows is soon another: the chunks that are in the buffer take on new colours on their way. How it moves is
 not: each chunk goes on as the one before it did. So a buffer may be filled anew some chunks after a change, from one
-frame, which tells how things look and not how they move (`Timetable.refill`; not in the paper).
+frame, which tells how things look and not how they move (`partition.Refill`; not in the paper).
 """
 
 import functools
@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from streamdit_jax import stream as streaming
 from streamdit_jax.errors import ConfigError
-from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.partition import PartitionScheme, Refill
 
 KEEPS_PROMPTS = "refill: no chunk would keep the prompt it entered with; set it to 0"
 Text = Any  # per text encoder its sequence and mask, as `models.dit.Text`
@@ -49,8 +49,8 @@ class Timetable:
     """Which row each micro step of a stream applies, and which frames have been shown by then; all closed form.
 
     latent_frames: video frames per latent frame. given_references: the references are given, clean, and shown first.
-    refill: so many chunks after a change of prompt (`follow`) the buffer is filled anew; 0 for never. The micro steps
-    of that come in between those of streaming, before the last of a move advances.
+    refill: when, after a change of prompt (`follow`), the buffer is filled anew. The micro steps of that come in
+    between those of streaming, before the last of a move advances.
     Raises ValueError for an unknown filling, and for a refill of what is not filled by doubling or has references.
     """
 
@@ -61,18 +61,23 @@ class Timetable:
         latent_frames: int,
         *,
         given_references: bool = False,
-        refill: int = 0,
+        refill: Refill | str = "0",
     ):
-        self.scheme, self.filling, self.latent_frames, self.refill = scheme, filling, latent_frames, refill
+        self.scheme, self.filling, self.latent_frames, self.refill = (
+            scheme,
+            filling,
+            latent_frames,
+            Refill.parse(refill),
+        )
         self.given_references = given_references and scheme.num_references > 0
         self._fill = streaming.filling_rows(scheme, filling, given_references=self.given_references)
         self._flow = streaming.streaming_rows(scheme)
-        if isinstance(refill, bool) or not isinstance(refill, int | np.integer) or not 0 <= refill <= 10_000:
-            raise ValueError(f"refill: a whole number of chunks from 0 to 10000, not {refill!r}")
-        if refill and filling != "doubling":
-            raise ValueError(f"refill: is done by doubling, and the filling is {filling}; set it to 0")
-        self._anew = streaming.refilling_rows(scheme) if refill else None
-        self._anew_steps = len(self._anew.adopt) if refill else 0
+        self._anew, self._anew_steps = None, 0
+        if self.refill.chunks:
+            if filling != "doubling":
+                raise ValueError(f"refill: is done by doubling, and the filling is {filling}; set it to 0")
+            self._anew = streaming.refilling_rows(scheme, self.refill.strength)
+            self._anew_steps = len(self._anew.adopt)
         self._renewals: list[int] = []  # the micro steps at which the buffer is renewed: the latest, in order
         self._earlier_steps = 0  # what those before them took
         self.fill_steps = len(self._fill.adopt)
@@ -97,8 +102,9 @@ class Timetable:
             del self._renewals[0]
         if not self._anew_steps or not complete:  # nothing has heard another prompt
             return
-        moves = max(0, self._streamed(complete)[0] - self.fill_steps) // self.scheme.micro_steps + self.refill
-        last = self.fill_steps + (moves + 1) * self.scheme.micro_steps - 1  # the micro step that does not advance
+        moves = max(0, self._streamed(complete)[0] - self.fill_steps) // self.scheme.micro_steps
+        moves += self.refill.chunks + 1
+        last = self.fill_steps + moves * self.scheme.micro_steps - 1  # the micro step that does not advance
         self._renewals.append(last + self._earlier_steps + self._anew_steps * len(self._renewals) + 1)
 
     def _complete(self, step: int, over: int) -> int:
@@ -119,8 +125,13 @@ class Timetable:
         return step - earlier, None
 
     def renews(self, step: int) -> bool:
-        """Whether the buffer is renewed before this micro step (`stream.renew`)."""
+        """Whether the buffer is renewed before this micro step (`stream.renew`), at `renewal_level`."""
         return step in self._renewals
+
+    @property
+    def renewal_level(self) -> np.float32:
+        """The level that the frame which is kept is put back to; 1 leaves it as it is."""
+        return self._anew.levels[0, 0, 0]
 
     def place(self, step: int) -> tuple[str, int]:
         """A name of the row that a micro step applies: after filling, rows repeat."""
@@ -188,7 +199,8 @@ class Timetable:
         place = int(np.argmax(self._begin_from(frames, complete)))
         first_complete = int(frames[place])
         if self._renewals and self._renewals[-1] > complete:  # of what is in the buffer then, its first frame is kept
-            first_complete = min(first_complete, self.shifts(self._renewals[-1]) * scheme.chunk_size + 1)
+            kept = int(self.renewal_level > 0)
+            first_complete = min(first_complete, self.shifts(self._renewals[-1]) * scheme.chunk_size + kept)
         # A chunk that keeps its own prompt still attends to its neighbours, and they to it.
         there = int(self._steps_of(frames)[0][place])
         touched = self.frames_shown(max(step, there) if per_chunk else step) + self.latent_frames * self._clean(step)
@@ -203,8 +215,8 @@ class Timetable:
         streamed, anew = self._streamed(step)
         if anew is None:
             return self._steps_of(frames)[1] >= streamed
-        size = self.scheme.buffer_size
-        entered = np.where(np.arange(size) == 0, -1, np.argmax(self._anew.enter, axis=0))
+        size, entered = self.scheme.buffer_size, np.argmax(self._anew.enter, axis=0)
+        entered[0] = -1 if self.renewal_level > 0 else 0
         place = frames - self.shifts(step) * self.scheme.chunk_size
         return (place >= size) | (entered[np.minimum(place, size - 1)] >= anew)
 
@@ -213,8 +225,8 @@ class Timetable:
         anew = self._streamed(step)[1]
         if anew is None:
             return 0
-        made = np.argmax(self._anew.keep, axis=0) < anew
-        return 1 + int(made[1 : self.scheme.chunk_size].sum())
+        made = np.where(self._anew.keep.any(axis=0), np.argmax(self._anew.keep, axis=0), -1) < anew
+        return int(made[: self.scheme.chunk_size].sum())
 
 
 @jax.jit
@@ -263,7 +275,7 @@ class Steering:
         strength: float,
         per_chunk_prompts: bool = False,
     ):
-        if table.refill and per_chunk_prompts:
+        if table.refill.chunks and per_chunk_prompts:
             raise ConfigError(KEEPS_PROMPTS)
         self.table, self.per_chunk_prompts, self._encode = table, per_chunk_prompts, encode
         self.guidance, self.strength = _guidance(guidance), _strength(strength)

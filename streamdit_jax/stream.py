@@ -13,7 +13,7 @@ chunk and lets the others enter one by one; `doubling`, which is not the paper's
 given the first, then two given two, four given four, and keeps snapshots as `uniform` does.
 
 Filling anew, which is not the paper's either, is doubling in the middle of a stream: of its buffer only the first
-frame, made clean, is kept (`renew`), and the others are made after it, under the prompt of now.
+frame, once it is clean, is kept, or some of it (`renew`), and the others are made after it, under the prompt of now.
 
 A batch is independent streams: each has its own row, so that one may fill while another shifts and a third is idle.
 The noise of chunk i is drawn from fold_in(key, i): a stream is the same however it is cut, resumed or batched.
@@ -173,17 +173,21 @@ def filling_rows(scheme: PartitionScheme, filling: str = "uniform", *, given_ref
     raise ValueError(f"filling: {filling!r} is not one of {', '.join(FILLINGS)}")
 
 
-def refilling_rows(scheme: PartitionScheme) -> Row:
+def refilling_rows(scheme: PartitionScheme, strength: float = 0.0) -> Row:
     """The rows that fill a buffer anew, by doubling, from its first frame: after the last micro step of a move, which
-    must not advance, and `renew`. They end with that advance. None where a buffer is one frame.
+    must not advance, and `renew` at the level of the first row. They end with that advance. None where a buffer is one
+    frame that stays as it is.
 
+    strength: the share of the first frame's T steps that are taken again, rounded to whole ones (`partition.Refill`).
     ValueError for a scheme with references, which would bring back what they show.
     """
     if scheme.num_references:
         raise ValueError(f"refill: {scheme} has references, which would bring back what is to change; set it to 0")
-    chunk = scheme.chunk_ids()
-    rows = _doubling_rows(scheme, (scheme.num_chunks - chunk) * scheme.micro_steps, np.arange(len(chunk)) == 0)
-    return rows._replace(advance=rows.adopt)
+    chunk, kept = scheme.chunk_ids(), round((1 - strength) * scheme.total_steps)
+    given = (np.arange(len(chunk)) == 0) & (kept == scheme.total_steps)
+    rows = _doubling_rows(scheme, (scheme.num_chunks - chunk) * scheme.micro_steps, given)
+    rows = rows._replace(advance=rows.adopt)
+    return rows if given[0] else jax.tree.map(lambda values: values[kept:], rows)
 
 
 def _doubling_rows(scheme: PartitionScheme, place: Int[np.ndarray, "B"], given: Bool[np.ndarray, "B"]) -> Row:
@@ -255,18 +259,18 @@ def initial_state(
     )
 
 
-def renew(state: StreamState, scheme: PartitionScheme) -> StreamState:
-    """The buffer with its first frame alone; the others are the noise again that they were when they entered, and do
-    not exist yet. For schemes without references; `refilling_rows` follow.
+def renew(state: StreamState, scheme: PartitionScheme, level: Float[Array, ""] | float = 1.0) -> StreamState:
+    """The buffer with its first frame alone, put back to a level by its own noise; the others are the noise again that
+    they were when they entered, and do not exist yet. For schemes without references; `refilling_rows` follow.
     """
     c, chunks = scheme.chunk_size, range(scheme.num_chunks)
     entered = [state.next_chunk - np.uint32(scheme.num_chunks - chunk) for chunk in chunks]
     frame = state.buffer.shape[2:]
     noise = jnp.concatenate([chunk_noise(state.keys, chunk, (c, *frame)) for chunk in entered], axis=1)
     first = jnp.broadcast_to(jnp.arange(scheme.buffer_size) == 0, state.present.shape)
-    return state._replace(
-        buffer=_where(first, state.buffer, noise), queue=_where(first, state.buffer, state.queue), present=first
-    )
+    begun = jnp.where(level < 1, flow.interpolate(state.buffer, noise, jnp.full(first.shape, level)), state.buffer)
+    queue = _where(first, state.buffer, state.queue)  # where a frame that stays as it is has its snapshot
+    return state._replace(buffer=_where(first, begun, noise), queue=queue, present=first)
 
 
 def guided_velocity(

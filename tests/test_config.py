@@ -78,7 +78,7 @@ def test_the_4b_model_has_its_parameters():
         (["--config.sampling.scheme=N8c1s16"], "sampling.scheme: N8c1s16 does not tile the buffer"),
         (["--config.sampling.scheme=8x2"], "sampling.scheme"),
         (["--config.sampling.filling=magic"], "sampling.filling"),
-        (["--config.sampling.refill=-1"], "sampling.refill: a number of chunks"),
+        (["--config.sampling.refill=2:1.5"], "sampling.refill: from 0 to 10000 chunks and a strength"),
         (
             ["--config.training.flow_matching.objective.mixture.entries=(('N8c2s1',1.0),('N7c1s1',1.0))"],
             "flow_matching.objective.mixture.entries: N7c1s1 does not tile a buffer of 1, 2, 4, 8 or 16 frames",

@@ -330,8 +330,8 @@ def test_engines_that_cannot_be(pipeline):
         ({"queue_chunks": 1.5}, "queue_chunks: "),
         ({"scheme": "N4c1s1"}, "scheme: N4c1s1 has 4 frames"),
         ({"filling": "magic"}, "filling: "),
-        ({"filling": "ramp", "refill": 1}, "refill: "),
-        ({"filling": "doubling", "refill": 1, "per_chunk_prompts": True}, "refill: "),
+        ({"filling": "ramp", "refill": "1:0.75"}, "refill: "),
+        ({"filling": "doubling", "refill": "1", "per_chunk_prompts": True}, "refill: "),
     ):
         with pytest.raises(ConfigError, match=message):
             Engine(pipeline, **options)
@@ -339,7 +339,11 @@ def test_engines_that_cannot_be(pipeline):
 
 @pytest.mark.parametrize(
     "how",
-    [{"scheme": "K2N3c2s2", "per_chunk_prompts": True}, {"filling": "ramp"}, {"filling": "doubling", "refill": 1}],
+    [
+        {"scheme": "K2N3c2s2", "per_chunk_prompts": True},
+        {"filling": "ramp"},
+        {"filling": "doubling", "refill": "1:0.75"},
+    ],
 )
 def test_every_kind_of_stream_goes_live(pipeline, how):
     image = np.full((16, 16, 3), 80, np.uint8)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamdit_jax.partition import PartitionScheme, draw_levels, mixture
+from streamdit_jax.partition import PartitionScheme, Refill, draw_levels, mixture
 
 
 @st.composite
@@ -170,3 +170,11 @@ def test_plain_text_to_video_draws_logit_normal_levels_and_no_other_scheme_does(
     shares = mixture([(chunks, 1)], uniform_share=1.0, logit_normal=True)
     drawn = np.asarray(draw_levels(key, shares, 4000).levels)
     assert np.array_equal(drawn[:, 0], drawn[:, 15]) and abs(np.mean((drawn > 0.25) & (drawn < 0.75)) - 0.728) < 0.04
+
+
+def test_a_refill_is_spelled_and_read():
+    for spelling, chunks, strength in (("0", 0, 0.0), ("4", 4, 0.0), ("2:0.875", 2, 0.875), ("1:1", 1, 1.0)):
+        assert Refill.parse(spelling) == Refill(chunks, strength) and str(Refill(chunks, strength)) == spelling
+    for spelling in ("", "2:", "a", "-1", "2:-1", "1.5", "2:2", "20000", None):
+        with pytest.raises(ValueError, match="refill: "):
+            Refill.parse(spelling)

@@ -186,7 +186,7 @@ def test_a_change_of_prompt_and_its_log(pipeline, over, per_chunk):
 def test_a_stream_that_is_filled_anew_replays_and_resumes(pipeline, over):
     """After a change of prompt, also from a snapshot in the midst of it; until then it is the stream that is not."""
     how = {"seed": 5, "scheme": "N4c2s2", "filling": "doubling"}
-    stream, other = (pipeline.stream("a red car", refill=refill, **how) for refill in (2, 0))
+    stream, other = (pipeline.stream("a red car", refill=refill, **how) for refill in ("2:0.5", "0"))
     frames, plain = [take(stream, 2)], [take(other, 2)]
     receipt = stream.change("a blue bus at night", over=over)
     other.change("a blue bus at night", over=over)
@@ -197,7 +197,7 @@ def test_a_stream_that_is_filled_anew_replays_and_resumes(pipeline, over):
         frames, plain = [*frames, take(stream, 1)], [*plain, take(other, 1)]
     assert np.array_equal(np.concatenate(frames), np.concatenate(plain))
     wait = stream.forwards_until_frames
-    assert wait == 2 + len(streaming.refilling_rows(stream.scheme).adopt)
+    assert wait == 2 + len(streaming.refilling_rows(stream.scheme, 0.5).adopt)
     for _ in range(wait // 2):
         stream.forward()
     snapshot = stream.snapshot()
@@ -208,19 +208,19 @@ def test_a_stream_that_is_filled_anew_replays_and_resumes(pipeline, over):
     log = json.loads(json.dumps(stream.log()))
     assert np.array_equal(np.concatenate(frames), take(pipeline.replay(log), 7 + bool(over)))
     old = {name: value for name, value in other.log().items() if name != "refill"}  # of 0.1.0
-    assert pipeline.replay(old).log()["refill"] == 0
+    assert pipeline.replay(old).log()["refill"] == "0"
 
 
 def test_only_what_doubles_is_filled_anew(pipeline, tiny, tiny_params):
     """A model's own `refill` is for streams that can be; asked for where they cannot, it is refused."""
-    sampling = dataclasses.replace(tiny.sampling, filling="doubling", refill=3)
+    sampling = dataclasses.replace(tiny.sampling, filling="doubling", refill="3")
     made = Pipeline(dataclasses.replace(tiny, sampling=sampling), tiny_params)
-    for how, refill in (({}, 3), ({"filling": "uniform"}, 0), ({"scheme": "K2N3c2s2"}, 0), ({"refill": 1}, 1)):
+    for how, refill in (({}, "3"), ({"filling": "uniform"}, "0"), ({"scheme": "K2N3c2s2"}, "0"), ({"refill": 1}, "1")):
         assert made.stream("a red car", **how).log()["refill"] == refill
-    assert made.stream("a red car", per_chunk_prompts=True).log()["refill"] == 0
+    assert made.stream("a red car", per_chunk_prompts=True).log()["refill"] == "0"
     for how in ({"filling": "uniform"}, {"scheme": "K2N3c2s2"}, {"per_chunk_prompts": True}):
         with pytest.raises(ConfigError, match="refill: "):
-            made.stream("a red car", refill=1, **how)
+            made.stream("a red car", refill="1", **how)
 
 
 @pytest.mark.parametrize("per_chunk", [False, True])

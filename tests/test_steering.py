@@ -9,7 +9,7 @@ import pytest
 
 from streamdit_jax import stream as streaming
 from streamdit_jax.errors import ConfigError
-from streamdit_jax.partition import FILLINGS, PartitionScheme
+from streamdit_jax.partition import FILLINGS, PartitionScheme, Refill
 from streamdit_jax.steering import Steering, Timetable, mix
 
 FRAME = (1, 1, 1)
@@ -53,7 +53,7 @@ def run(table, steering, changes, steps):
         if touched is None and receipts and np.any(np.asarray(steering.text(now)[0][1])[..., -1]):
             touched = sum(map(len, shown))
         if table.renews(now):
-            state = streaming.renew(state, scheme)
+            state = streaming.renew(state, scheme, table.renewal_level)
         row = table.row(now)
         condition = streaming.Condition(steering.text(now), steering.text(now), np.ones(1, np.float32))
         state, front = step(state, row, condition)
@@ -95,14 +95,17 @@ def test_receipts_tell_when_a_prompt_is_seen(spelling, filling, per_chunk):
 
 
 @pytest.mark.parametrize("spelling", ["N4c2s3", "N3c1s1", "N1c4s2", "N2c3s2"])
-@pytest.mark.parametrize("refill", [1, 2])
+@pytest.mark.parametrize("refill", ["1", "2:0.4", "1:1"])
 def test_receipts_of_streams_that_are_filled_anew(spelling, refill):
     """Changes before, within and after the filling, alone and while the buffer is filled anew for another one."""
     scheme = PartitionScheme.parse(spelling)
     fill, s = Timetable(scheme, "doubling", 1).fill_steps, scheme.micro_steps
-    anew = len(streaming.refilling_rows(scheme).adopt)
+    chunks, anew = (
+        Refill.parse(refill).chunks,
+        len(streaming.refilling_rows(scheme, Refill.parse(refill).strength).adopt),
+    )
     first = fill + s
-    begin = first + (refill + 1) * s  # of the renewal that the first change brings
+    begin = first + (chunks + 1) * s  # of the renewal that the first change brings
     alone = [({at: ("1", over)}, over) for at in (0, 1, fill, first, first + s - 1) for over in (0, 2)]
     after = [begin - 1, begin, begin + 1, begin + anew // 2, begin + anew - 1, begin + anew, begin + anew + s]
     second = [({first: ("0.0", 0), at: ("1", over)}, over) for at in sorted(set(after)) for over in (0, 1)]
@@ -110,7 +113,7 @@ def test_receipts_of_streams_that_are_filled_anew(spelling, refill):
         table = Timetable(scheme, "doubling", LATENT_FRAMES, refill=refill)
         steering = Steering(table, encode, prompt="0", guidance=1, strength=0)
         at = max(changes)
-        steps = at + (over + refill + scheme.num_chunks + 3) * s + fill + 2 * anew
+        steps = at + (over + chunks + scheme.num_chunks + 3) * s + fill + 2 * anew
         heard, receipts, _ = run(table, steering, changes, steps)
         touched = int(np.argmax(heard > 1e-4))
         complete = int(np.argmax(np.minimum.accumulate((heard > 1 - 1e-4)[::-1])[::-1]))
@@ -119,7 +122,7 @@ def test_receipts_of_streams_that_are_filled_anew(spelling, refill):
 
 def test_a_change_that_comes_early_takes_the_place_of_a_renewal():
     """A renewal that has not begun gives way to the next change's; one that has begun is brought to its end."""
-    table = Timetable(PartitionScheme.parse("N4c2s2"), "doubling", 1, refill=2)
+    table = Timetable(PartitionScheme.parse("N4c2s2"), "doubling", 1, refill="2")
     at = table.fill_steps + 1
     table.follow(at, 0)
     [begin] = [step for step in range(at, at + 60) if table.renews(step)]
@@ -139,7 +142,7 @@ def test_a_receipt_after_a_year_is_as_soon_made():
     table = Timetable(PartitionScheme.parse("N4c2s1"), "doubling", 1)
     at = table.fill_steps + 10**10
     assert table.receipt(at, 0) == (at, 2 * 10**10, 2 * 10**10 + 6)
-    table = Timetable(PartitionScheme.parse("N4c2s1"), "doubling", 1, refill=1)
+    table = Timetable(PartitionScheme.parse("N4c2s1"), "doubling", 1, refill="1:0.5")
     for change in range(100):
         table.follow(at + 1000 * change, 0)
     assert len(table._renewals) <= 2
@@ -217,10 +220,11 @@ def test_a_log_keeps_what_counted_and_brings_another_steering_to_the_same_place(
 @pytest.mark.parametrize(
     "spelling, filling, refill, message",
     [
-        ("N4c2s1", "uniform", 1, "refill: is done by doubling, and the filling is uniform"),
-        ("K2N3c2s1", "doubling", 1, "refill: K2N3c2s1 has references"),
-        ("N4c2s1", "doubling", -1, "refill: a whole number of chunks"),
-        ("N4c2s1", "doubling", 1.5, "refill: a whole number of chunks"),
+        ("N4c2s1", "uniform", "1", "refill: is done by doubling, and the filling is uniform"),
+        ("K2N3c2s1", "doubling", "1", "refill: K2N3c2s1 has references"),
+        ("N4c2s1", "doubling", "-1", "refill: CHUNKS"),
+        ("N4c2s1", "doubling", 1.5, "refill: CHUNKS"),
+        ("N4c2s1", "doubling", "2:1.5", "refill: from 0 to 10000 chunks and a strength from 0 to 1, not 2:1.5"),
     ],
 )
 def test_what_cannot_be_filled_anew(spelling, filling, refill, message):

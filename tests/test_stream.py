@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from streamdit_jax import stream
+from streamdit_jax import flow, stream
 from streamdit_jax.partition import FILLINGS, PartitionScheme
 
 FRAME = (1, 2, 3)
@@ -233,6 +233,9 @@ def test_filling_anew_keeps_one_frame(spelling):
     noise = np.concatenate([stream.chunk_noise(keys, i, (c, *FRAME)) for i in range(1, scheme.num_chunks + 1)], axis=1)
     for row in rows:
         state, _ = stream.step(coupled, state, row, condition(batch=2), scheme)
+    half = scheme.grid()[T // 2]
+    mixed = flow.interpolate(state.buffer[:, :1], noise[:, :1], np.full((2, 1), half))
+    np.testing.assert_allclose(stream.renew(state, scheme, half).buffer[:, :1], mixed, atol=1e-6)
     kept = np.asarray(state.buffer[:, :1])
     state = stream.renew(state, scheme)
     np.testing.assert_array_equal(state.buffer, np.concatenate([kept, noise[:, 1:]], axis=1))
@@ -261,6 +264,18 @@ def test_filling_anew_keeps_one_frame(spelling):
     came = (np.asarray(state.buffer) - begun)[0, 1:, 0, 0, 0]
     steps = (scheme.num_chunks - scheme.chunk_ids()[1:]) * s
     np.testing.assert_allclose(came, scheme.grid()[np.minimum(steps, T)], atol=1e-5)
+
+
+def test_a_frame_may_take_some_of_its_steps_again():
+    """Filling anew at strength 0 begins after the first frame; beyond that, with the last of that frame's steps."""
+    scheme = PartitionScheme.parse("N4c2s2p2")
+    plain = stream.refilling_rows(scheme)
+    for strength, steps in ((0.25, 2), (0.5, 4), (1.0, 8)):
+        rows = stream.refilling_rows(scheme, strength)
+        assert len(rows.adopt) == steps + len(plain.adopt)
+        np.testing.assert_array_equal(rows.levels[:steps, :, 0].ravel()[::2], scheme.grid()[8 - steps : 8])
+        for values, expected in zip(rows, plain):
+            np.testing.assert_array_equal(values[steps:], expected)
 
 
 def test_unknown_filling():

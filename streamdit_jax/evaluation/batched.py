@@ -10,7 +10,7 @@ import numpy as np
 
 from streamdit_jax import stream as streaming
 from streamdit_jax.errors import ConfigError
-from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.partition import PartitionScheme, Refill
 from streamdit_jax.pipeline import Pipeline
 from streamdit_jax.steering import Timetable
 
@@ -32,18 +32,19 @@ class StreamBatch(Iterator[np.ndarray]):
         scheme: PartitionScheme | str | None = None,
         guidance: float | None = None,
         filling: str | None = None,
-        refill: int | None = None,
+        refill: Refill | str | None = None,
     ):
         """scheme, guidance, filling, refill: the model's own unless given. Raises as `Pipeline.stream`."""
         sampling = pipeline.config.sampling
         self._pipeline, self.scheme = pipeline, pipeline.scheme(scheme)
         self.guidance = sampling.guidance if guidance is None else float(guidance)
         self.filling = filling or sampling.filling
-        self.refill = pipeline.refill(self.scheme, self.filling) if refill is None else refill
+        refill = pipeline.refill(self.scheme, self.filling) if refill is None else refill
         try:
-            self._table = Timetable(self.scheme, self.filling, pipeline.latent_frames, refill=self.refill)
+            self._table = Timetable(self.scheme, self.filling, pipeline.latent_frames, refill=refill)
         except ValueError as mistake:
             raise ConfigError(str(mistake)) from None
+        self.refill = self._table.refill
         if len(prompts) != len(seeds) or not prompts:
             raise ValueError(f"prompts: {len(prompts)} for {len(seeds)} seeds; a batch needs one of each per stream")
         keys = jax.vmap(jax.random.key)(jnp.asarray([seed % 2**32 for seed in seeds], jnp.uint32))
@@ -66,7 +67,7 @@ class StreamBatch(Iterator[np.ndarray]):
     def forward(self) -> jax.Array | None:
         """One micro step; the clean latents [batch, frames, h, w, C] if frames left the buffers."""
         if self._table.renews(self._step):
-            self._state = self._pipeline.renew(self.scheme, self._state)
+            self._state = self._pipeline.renew(self.scheme, self._state, self._table.renewal_level)
         row = self._table.row(self._step)
         condition = streaming.Condition(self._text, self._null, self._weight)
         step = self._pipeline.step(self.scheme, masked=streaming.is_masked(self.filling))

@@ -43,7 +43,7 @@ def run(
     scheme: str | None = None,
     guidance: float | None = None,
     filling: str | None = None,
-    refill: int | None = None,
+    refill: str | None = None,
     split: str | None = None,
     batch: int = 8,
     seed: int = 0,

@@ -69,7 +69,7 @@ def switches(
         "scheme": str(scheme),
         "guidance": streams.guidance,
         "filling": streams.filling,
-        "refill": streams.refill,
+        "refill": str(streams.refill),
         "batch": min(batch, prompts),
         "switched_after_seconds": lead / pipeline.frame_rate,
         "followed_chunks": follow,

@@ -27,7 +27,7 @@ from streamdit_jax.live.measured import Measured
 from streamdit_jax.live.questions import Questions
 from streamdit_jax.live.session import EngineFull, EngineStopped, Session, SessionClosed
 from streamdit_jax.live.streams import Streams
-from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.partition import PartitionScheme, Refill
 from streamdit_jax.pipeline import Pipeline
 from streamdit_jax.snapshot import Snapshot
 from streamdit_jax.steering import mix
@@ -64,7 +64,7 @@ class Engine:
         filling: str | None = None,
         queue_chunks: int = 2,
         per_chunk_prompts: bool = False,
-        refill: int | None = None,
+        refill: Refill | str | None = None,
     ):
         for name, value in (("slots", slots), ("queue_chunks", queue_chunks)):
             if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1024:

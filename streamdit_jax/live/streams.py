@@ -10,7 +10,7 @@ import numpy as np
 from streamdit_jax.endless import Stream
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.text_cache import CachedText, Text
-from streamdit_jax.partition import PartitionScheme
+from streamdit_jax.partition import PartitionScheme, Refill
 from streamdit_jax.pipeline import Pipeline
 from streamdit_jax.snapshot import Snapshot
 from streamdit_jax.steering import KEEPS_PROMPTS, Timetable
@@ -32,18 +32,18 @@ class Streams:
         scheme: PartitionScheme | str | None,
         filling: str | None,
         per_chunk_prompts: bool,
-        refill: int | None,
+        refill: Refill | str | None,
         changed: threading.Condition,
     ):
         self._pipeline, self._changed = pipeline, changed
         self.scheme, self.filling = pipeline.scheme(scheme), filling or pipeline.config.sampling.filling
         self.per_chunk_prompts = per_chunk_prompts
-        self.refill = pipeline.refill(self.scheme, self.filling, per_chunk_prompts) if refill is None else refill
+        refill = pipeline.refill(self.scheme, self.filling, per_chunk_prompts) if refill is None else refill
         try:
-            table = Timetable(self.scheme, self.filling, pipeline.latent_frames, refill=self.refill)
+            self.refill = Timetable(self.scheme, self.filling, pipeline.latent_frames, refill=refill).refill
         except ValueError as mistake:
             raise ConfigError(str(mistake)) from None
-        if table.refill and per_chunk_prompts:
+        if self.refill.chunks and per_chunk_prompts:
             raise ConfigError(KEEPS_PROMPTS)
 
     def new(self, prompt: str, seed: int = 0, **how: Any) -> Stream:

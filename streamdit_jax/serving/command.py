@@ -76,7 +76,7 @@ def serve(
     idle_seconds: float = 600.0,
     scheme: str | None = None,
     filling: str | None = None,
-    refill: int | None = None,
+    refill: str | None = None,
     programs: Programs | None = None,
     say=print,
 ) -> None:

@@ -12,11 +12,11 @@ PROMPTS = ["a red car", "a blue bus at night", "a truck"]
 @pytest.mark.parametrize(
     "scheme, filling, guidance, refill",
     [
-        ("N4c2s2", "uniform", 2.0, 0),
-        ("N4c2s2", "ramp", 1.0, 0),
-        ("K2N3c2s1", "uniform", 1.0, 0),
-        ("K2N3c2s1", "doubling", 1.0, 0),
-        ("N4c2s2", "doubling", 1.0, 1),
+        ("N4c2s2", "uniform", 2.0, "0"),
+        ("N4c2s2", "ramp", 1.0, "0"),
+        ("K2N3c2s1", "uniform", 1.0, "0"),
+        ("K2N3c2s1", "doubling", 1.0, "0"),
+        ("N4c2s2", "doubling", 1.0, "1:0.25"),
     ],
 )
 def test_a_batch_is_its_streams(pipeline, scheme, filling, guidance, refill):
