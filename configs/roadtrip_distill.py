@@ -29,7 +29,7 @@ def get_config() -> ml_collections.ConfigDict:
     stage.rollout_share = 0.25
     stage.rollout_chunks = 4
     stage.switch_share = 0.5
-    stage.steps = 160
+    stage.steps = 320
     stage.batch_size = 8
     stage.num_frames = 16
     stage.ema_decay = 0.99

@@ -75,6 +75,8 @@ def test_json_is_one_object_and_nothing_else(capsys, tiny_model, tmp_path):
         (["--at", "1:" + "x" * 10_000], "prompt: 10000 bytes"),
         (["--transition", "-1"], "--transition: "),
         (["--strength", "1.5"], "strength: "),
+        (["--refill", "2:5"], "refill: from 0 to 10000 chunks and a strength from 0 to 1, not 2:5"),
+        (["--refill", "2"], "refill: is done by doubling, and the filling is uniform"),
         (["--video", "nowhere.mp4"], "nowhere.mp4: no such video file"),
         (["--image", "nowhere.png"], "nowhere.png: no such video file"),
         (["--seconds", "0"], "--seconds: must be a positive number"),

@@ -224,6 +224,7 @@ def test_commands_print_one_json_object(capsys, monkeypatch, model, arguments, k
         (["samplers", "--row", "MODEL:N4c2s1:1", "--prompts", "1"], "--prompts: a Fréchet distance"),
         (["samplers", "--row", "MODEL:N4c2s1:1", "--table", "no/such/t.md"], "--table: there is no directory"),
         (["streams", "--row", "MODEL:N4c2s1:1"], "--row: is for samplers"),
+        (["streams", "--refill", "2"], "--refill: is for switch, not for streams"),
         (["streams", "--seed", "-1"], "--seed: a whole number"),
     ],
 )
