@@ -63,12 +63,8 @@ class Timetable:
         given_references: bool = False,
         refill: Refill | str = "0",
     ):
-        self.scheme, self.filling, self.latent_frames, self.refill = (
-            scheme,
-            filling,
-            latent_frames,
-            Refill.parse(refill),
-        )
+        self.scheme, self.filling, self.latent_frames = scheme, filling, latent_frames
+        self.refill = Refill.parse(refill)
         self.given_references = given_references and scheme.num_references > 0
         self._fill = streaming.filling_rows(scheme, filling, given_references=self.given_references)
         self._flow = streaming.streaming_rows(scheme)
