@@ -54,9 +54,12 @@ def stream(arguments, enable_caches: Callable[[], Any]) -> int:
     from tqdm import tqdm
 
     from streamdit_jax.data.video import VideoWriter
-    from streamdit_jax.evaluation.figures import contact_sheet
+    from streamdit_jax.evaluation.figures import contact_sheet, require_writable
     from streamdit_jax.pipeline import load
 
+    if arguments.sheet:
+        require_writable(arguments.sheet, "--sheet")
+        import PIL.Image  # noqa: F401  what lacks is said before the first frame
     pipeline = load(arguments.model, programs=enable_caches())
     rate, data = pipeline.frame_rate, pipeline.config.data
     for _, prompt in switches:

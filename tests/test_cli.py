@@ -76,6 +76,7 @@ def test_json_is_one_object_and_nothing_else(capsys, tiny_model, tmp_path):
         (["--transition", "-1"], "--transition: "),
         (["--strength", "1.5"], "strength: "),
         (["--refill", "2:5"], "refill: from 0 to 10000 chunks and a strength from 0 to 1, not 2:5"),
+        (["--sheet", "no/such/sheet.png"], "--sheet: there is no directory"),
         (["--refill", "2"], "refill: is done by doubling, and the filling is uniform"),
         (["--video", "nowhere.mp4"], "nowhere.mp4: no such video file"),
         (["--image", "nowhere.png"], "nowhere.png: no such video file"),
