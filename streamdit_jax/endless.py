@@ -23,7 +23,8 @@ from streamdit_jax.errors import ConfigError
 from streamdit_jax.models.text_cache import CachedText
 from streamdit_jax.partition import PartitionScheme
 from streamdit_jax.snapshot import Snapshot
-from streamdit_jax.steering import Receipt, Steering, Text, Timetable
+from streamdit_jax.steering import Steering, Text
+from streamdit_jax.timetable import Receipt, Timetable
 from streamdit_jax.video_input import Piece
 
 LOG_FORMAT = 1

@@ -25,7 +25,8 @@ from streamdit_jax.models.text_cache import CachedText, Text, cache_text
 from streamdit_jax.partition import PartitionScheme, Refill
 from streamdit_jax.programs import Programs
 from streamdit_jax.snapshot import Snapshot
-from streamdit_jax.steering import Timetable, side_by_side
+from streamdit_jax.steering import side_by_side
+from streamdit_jax.timetable import Timetable
 from streamdit_jax.video_input import VideoInput, frames_of
 
 
@@ -214,8 +215,10 @@ class Pipeline:
             self._starts[shape, filling] = self._compiled("initial_state", begin, shape, filling)
         number = np.array([int(seed) % 2**32], np.uint32)
         stream.state = self._starts[shape, filling](None, number, source, stream.unshown)
-        if stream.table.refill.chunks:  # compiled now, and not in the middle of a video
+        if stream.table.refill.chunks and ("renews", shape) not in self._constants:
+            # Compiled now, and not in the middle of a video.
             jax.block_until_ready(self.renew(scheme, jax.tree.map(jnp.copy, stream.state), np.float32(1)))
+            self._constants["renews", shape] = True
         stream.listen()
         return stream
 

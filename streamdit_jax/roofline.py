@@ -27,7 +27,7 @@ from streamdit_jax.config import Config
 from streamdit_jax.models.dit import DiTConfig
 from streamdit_jax.models.tae import TAEConfig
 from streamdit_jax.partition import PartitionScheme
-from streamdit_jax.steering import Timetable
+from streamdit_jax.timetable import Timetable
 
 SIZES = {"float32": 4, "bfloat16": 2, "fp8": 2}  # bytes of a number between kernels; fp8 is for products alone
 

@@ -34,6 +34,7 @@ FLOORS = [
         "config",
         "stages",
         "steering",
+        "timetable",
         "video_input",
         "endless",
         "flops",

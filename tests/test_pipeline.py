@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 import streamdit_jax as sd
-from streamdit_jax import stream as streaming
 from streamdit_jax import weight_files, weights
 from streamdit_jax.data import roadtrip
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
@@ -180,47 +179,6 @@ def test_a_change_of_prompt_and_its_log(pipeline, over, per_chunk):
     assert [sorted(event) for event in log["events"]] == [["over", "prompt", "step"], ["guidance", "step"]]
     resumed = pipeline.resume(stream.snapshot())
     assert resumed.log() == stream.log() and np.array_equal(take(resumed, 2), take(stream, 2))
-
-
-@pytest.mark.parametrize("over", [0, 2])
-def test_a_stream_that_is_filled_anew_replays_and_resumes(pipeline, over):
-    """After a change of prompt, also from a snapshot in the midst of it; until then it is the stream that is not."""
-    how = {"seed": 5, "scheme": "N4c2s2", "filling": "doubling"}
-    stream, other = (pipeline.stream("a red car", refill=refill, **how) for refill in ("2:0.5", "0"))
-    frames, plain = [take(stream, 2)], [take(other, 2)]
-    receipt = stream.change("a blue bus at night", over=over)
-    other.change("a blue bus at night", over=over)
-    left = stream.forwards_until_frames
-    frames, plain = [*frames, take(stream, 2)], [*plain, take(other, 2)]
-    assert left == 2 and receipt.complete_frame == 16 + 8 * (2 + bool(over)) + 4
-    if over:
-        frames, plain = [*frames, take(stream, 1)], [*plain, take(other, 1)]
-    assert np.array_equal(np.concatenate(frames), np.concatenate(plain))
-    wait = stream.forwards_until_frames
-    assert wait == 2 + len(streaming.refilling_rows(stream.scheme, 0.5).adopt)
-    for _ in range(wait // 2):
-        stream.forward()
-    snapshot = stream.snapshot()
-    frames.append(take(stream, 3))
-    assert np.array_equal(take(pipeline.resume(snapshot), 3), frames[-1])
-    assert not np.array_equal(take(other, 3), frames[-1])
-    assert stream.frames_shown == sum(map(len, frames))
-    log = json.loads(json.dumps(stream.log()))
-    assert np.array_equal(np.concatenate(frames), take(pipeline.replay(log), 7 + bool(over)))
-    old = {name: value for name, value in other.log().items() if name != "refill"}  # of 0.1.0
-    assert pipeline.replay(old).log()["refill"] == "0"
-
-
-def test_only_what_doubles_is_filled_anew(pipeline, tiny, tiny_params):
-    """A model's own `refill` is for streams that can be; asked for where they cannot, it is refused."""
-    sampling = dataclasses.replace(tiny.sampling, filling="doubling", refill="3")
-    made = Pipeline(dataclasses.replace(tiny, sampling=sampling), tiny_params)
-    for how, refill in (({}, "3"), ({"filling": "uniform"}, "0"), ({"scheme": "K2N3c2s2"}, "0"), ({"refill": 1}, "1")):
-        assert made.stream("a red car", **how).log()["refill"] == refill
-    assert made.stream("a red car", per_chunk_prompts=True).log()["refill"] == "0"
-    for how in ({"filling": "uniform"}, {"scheme": "K2N3c2s2"}, {"per_chunk_prompts": True}):
-        with pytest.raises(ConfigError, match="refill: "):
-            made.stream("a red car", refill="1", **how)
 
 
 @pytest.mark.parametrize("per_chunk", [False, True])

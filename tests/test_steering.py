@@ -10,7 +10,8 @@ import pytest
 from streamdit_jax import stream as streaming
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.partition import FILLINGS, PartitionScheme, Refill
-from streamdit_jax.steering import Steering, Timetable, mix
+from streamdit_jax.steering import Steering, mix
+from streamdit_jax.timetable import Timetable
 
 FRAME = (1, 1, 1)
 LATENT_FRAMES = 4

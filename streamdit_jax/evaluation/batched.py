@@ -12,7 +12,7 @@ from streamdit_jax import stream as streaming
 from streamdit_jax.errors import ConfigError
 from streamdit_jax.partition import PartitionScheme, Refill
 from streamdit_jax.pipeline import Pipeline
-from streamdit_jax.steering import Timetable
+from streamdit_jax.timetable import Timetable
 
 
 class StreamBatch(Iterator[np.ndarray]):

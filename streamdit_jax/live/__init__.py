@@ -10,6 +10,6 @@ with Engine(sd.load("roadtrip"), slots=4) as engine:
 
 from streamdit_jax.live.engine import Engine
 from streamdit_jax.live.session import Chunk, EngineFull, EngineStopped, Session, SessionClosed
-from streamdit_jax.steering import Receipt
+from streamdit_jax.timetable import Receipt
 
 __all__ = ["Chunk", "Engine", "EngineFull", "EngineStopped", "Receipt", "Session", "SessionClosed"]

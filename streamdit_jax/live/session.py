@@ -11,7 +11,7 @@ import numpy as np
 from streamdit_jax.endless import Stream
 from streamdit_jax.errors import StreamDiTError
 from streamdit_jax.snapshot import Snapshot
-from streamdit_jax.steering import Receipt
+from streamdit_jax.timetable import Receipt
 from streamdit_jax.video_input import Camera, ReadAhead
 
 CAMERA_SECONDS = 1.0  # without a frame, and a stream goes on without its camera

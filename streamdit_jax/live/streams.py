@@ -13,7 +13,8 @@ from streamdit_jax.models.text_cache import CachedText, Text
 from streamdit_jax.partition import PartitionScheme, Refill
 from streamdit_jax.pipeline import Pipeline
 from streamdit_jax.snapshot import Snapshot
-from streamdit_jax.steering import KEEPS_PROMPTS, Timetable
+from streamdit_jax.steering import KEEPS_PROMPTS
+from streamdit_jax.timetable import Timetable
 from streamdit_jax.video_input import Camera, ReadAhead, frames_of
 
 PIECES_AHEAD = 2  # of a video that is read before they are needed
