@@ -1,8 +1,7 @@
 """What a stream is told while it runs: prompts, guidance and strength, by micro step (StreamDiT §8).
 
 Its timetable says which row each step applies and which frames it shows; its steering says what the frames attend to.
-A change is an event at a step: seed, settings and events are all that a stream
-is made of, and replay it exactly.
+A change is an event at a step: seed, settings and events are all that a stream is made of, and replay it exactly.
 
     hard switch     from the next micro step on, every chunk of the buffer attends to the new prompt
     interpolation   over n chunks: step k of n·s attends to (1 − k/(n·s))·old + k/(n·s)·new, token by token; the mask is

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import streamdit_jax as sd
+from streamdit_jax import stream as streaming
 from streamdit_jax import weight_files, weights
 from streamdit_jax.data import roadtrip
 from streamdit_jax.errors import CheckpointError, ConfigError, StreamDiTError
