@@ -10,7 +10,7 @@ pass_on() {
   [ -z "$child" ] || kill "-$last" "$child" 2>/dev/null || true
 }
 forwarding() {
-  local result seen=-1 before=$signals
+  local before=$signals
   trap 'pass_on TERM' TERM
   trap 'pass_on INT' INT
   "$@" &
@@ -18,12 +18,13 @@ forwarding() {
   if [ "$signals" -ne "$before" ]; then # it came before there was a child to send it to
     kill "-$last" "$child" 2>/dev/null || true
   fi
-  code=127
-  while [ "$seen" -ne "$signals" ]; do # a signal ends `wait` early, with a code that is not the command's
-    seen=$signals
-    result=0
-    wait "$child" || result=$?
-    [ "$result" -eq 127 ] || code=$result # 127: its code was known before
+  while kill -0 "$child" 2>/dev/null; do # not in `wait`: where a signal comes as the command ends, bash 5.2 loses its code there
+    sleep 0.5 || true
   done
+  trap '' TERM INT
+  code=0
+  wait "$child" || code=$?
   child=
+  trap 'pass_on TERM' TERM
+  trap 'pass_on INT' INT
 }

@@ -7,6 +7,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ENTRYPOINT = Path(__file__).parents[2] / "launch" / "entrypoint.sh"
@@ -84,6 +85,25 @@ def test_sigterm_reaches_training_and_ends_it_for_good(trainer):
     os.kill(process.pid, signal.SIGTERM)
     process.communicate(timeout=120)
     assert process.returncode == 143 and len(tries(trainer)) == 1
+
+
+def test_the_code_survives_a_second_signal_as_the_program_ends(start, tmp_path):
+    """As `srun --kill-on-bad-exit` sends it; bash's own `wait` loses a code in twelve then."""
+    program = tmp_path / "program.sh"
+    program.write_text("trap 'exit 7' TERM; echo up; sleep 60 >/dev/null & wait\n")
+    script = f"source {ENTRYPOINT.with_name('forward.sh')}; forwarding bash {program}; exit $code"
+    started = [start("bash", "-euc", script) for _ in range(80)]
+    for process in started:
+        assert process.stdout.readline() == "up\n"
+    pauses = np.random.default_rng(0).uniform(0, 0.004, size=20)
+    for group, pause in zip(np.reshape(started, (20, 4)), pauses):
+        for process in group:
+            process.terminate()
+        time.sleep(pause)
+        for process in group:
+            if process.poll() is None:
+                process.terminate()
+    assert [process.wait(timeout=60) for process in started] == [7] * 80
 
 
 def test_sigterm_in_the_pause_ends_it(trainer):
