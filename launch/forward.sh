@@ -21,7 +21,7 @@ forwarding() {
   while kill -0 "$child" 2>/dev/null; do # not in `wait`: where a signal comes as the command ends, bash 5.2 loses its code there
     sleep 0.5 || true
   done
-  trap '' TERM INT
+  trap '' TERM INT # the command has ended, and nothing may interrupt the reading of its code
   code=0
   wait "$child" || code=$?
   child=
